@@ -1,0 +1,54 @@
+# The same targets serve contributors and .ci/run. Everything but redis-server
+# comes through Go.
+
+MODULES     := streams services/ingest services/prefetcher services/persister deployments/local
+STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+BENCH       ?= .
+
+.PHONY: run test check build bench fuzz redis-server
+
+# The whole pipeline in one process.
+run:
+	go run ./deployments/local
+
+# Everything, with the race detector, against real servers.
+test: redis-server
+	go test -race -shuffle=on work
+
+# What a reviewer should not have to look for. With GOWORK=off a module sees
+# only what its go.mod requires, so this is also what keeps imports running one
+# way: deployments/local -> services -> streams.
+check:
+	@test -z "$$(gofmt -l .)" || { echo "not gofmt-clean:"; gofmt -l .; exit 1; }
+	go vet work
+	go fix -diff work
+	go run $(STATICCHECK) $(MODULES:%=./%/...)
+	@set -e; for m in $(MODULES); do \
+		echo "$$m alone"; \
+		GOWORK=off go -C $$m mod tidy -diff; \
+		GOWORK=off go -C $$m vet ./...; \
+	done
+
+# ingest, prefetcher, persister, streamctl and local, in bin/.
+build:
+	GOFLAGS= go build -trimpath -buildvcs=auto -o bin/ work
+
+bench: redis-server
+	go test -run='^$$' -bench='$(BENCH)' -benchmem work
+
+# Half a minute for each parser of strangers' bytes.
+fuzz:
+	@set -e; for p in $$(go list -f '{{if .TestGoFiles}}{{.Dir}}{{end}}' work); do \
+		for f in $$(grep -ho '^func Fuzz[A-Za-z0-9]*' $$p/*_test.go 2>/dev/null | cut -c6-); do \
+			echo "$$f in $$p"; go test -run='^$$' -fuzz="^$$f$$" -fuzztime=30s $$p; \
+		done; \
+	done
+
+# Tests start a redis-server of their own; it is the one thing Go cannot bring.
+redis-server:
+	@command -v redis-server >/dev/null || { \
+		if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+			apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq redis-server; \
+		else \
+			echo "The tests need redis-server 7 or later, which cannot be installed from here: install it (Debian: sudo apt-get install redis-server; macOS: brew install redis) and try again." >&2; exit 1; \
+		fi; }

@@ -1,0 +1,460 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"crypto/rand"
+
+	"github.com/redis/go-redis/v9"
+
+	"github.com/idenza/fingerprint-prefetch/services/ingest"
+	"github.com/idenza/fingerprint-prefetch/services/prefetcher/fingerprintsim"
+	"github.com/idenza/fingerprint-prefetch/streams"
+	"github.com/idenza/fingerprint-prefetch/streams/record"
+	"github.com/idenza/fingerprint-prefetch/streams/streamstest"
+)
+
+// build makes the real binaries, once for all tests.
+var build = sync.OnceValues(func() (dir string, err error) {
+	dir, err = os.MkdirTemp("", "fingerprint-prefetch-bin-")
+	if err != nil {
+		return "", err
+	}
+	const prefix = "github.com/idenza/fingerprint-prefetch/"
+	cmd := exec.Command("go", "build", "-o", dir+"/",
+		prefix+"services/ingest/cmd/ingest", prefix+"services/prefetcher/cmd/prefetcher", prefix+"services/persister/cmd/persister", prefix+"streams/cmd/streamctl")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build: %w\n%s", err, out)
+	}
+	return dir, nil
+})
+
+func TestMain(m *testing.M) {
+	code := m.Run()
+	if dir, err := build(); err == nil {
+		os.RemoveAll(dir)
+	}
+	os.Exit(code)
+}
+
+// pipeline is the three services as processes of their own, between a NATS
+// server, a redis-server and the vendor's double.
+type pipeline struct {
+	t     *testing.T
+	nats  *streamstest.NATS
+	redis *streamstest.Redis
+	rdb   *redis.Client
+	sim   *fingerprintsim.Sim
+
+	apiKey    string
+	ingestURL string
+	procs     map[string]*process
+}
+
+// process is one service.
+type process struct {
+	name string
+	ops  string
+	env  []string
+	cmd  *exec.Cmd
+	log  *os.File
+}
+
+func newPipeline(t *testing.T) *pipeline {
+	t.Helper()
+	if _, err := build(); err != nil {
+		t.Fatal(err)
+	}
+	p := &pipeline{
+		t: t, nats: streamstest.NewEmptyNATS(t), redis: streamstest.NewRedis(t),
+		sim: fingerprintsim.New(fingerprintsim.Options{Key: "sim"}), procs: map[string]*process{},
+	}
+	p.rdb = redisClient(t, p.redis.URL())
+	sim := httptest.NewServer(p.sim)
+	t.Cleanup(sim.Close)
+
+	key, entry, err := ingest.NewKey("test", ingest.SomeSubscribers(12, 13), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.apiKey = key
+	keys := filepath.Join(t.TempDir(), "keys.json")
+	b, err := json.Marshal([]ingest.KeyEntry{entry})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(keys, b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	addr := streamstest.FreeAddr(t)
+	p.ingestURL = "http://" + addr
+	p.add("ingest", "INGEST_ADDR="+addr, "INGEST_API_KEYS_FILE="+keys, "SHUTDOWN_GRACE=0s")
+	p.add("prefetcher", "FINGERPRINT_BASE_URL="+sim.URL, "FINGERPRINT_API_KEY=sim", "FINGERPRINT_RATE_LIMIT=0", "FINGERPRINT_TIMEOUT=1s")
+	p.add("persister", "REDIS_URL="+p.redis.URL())
+	return p
+}
+
+func (p *pipeline) add(name string, env ...string) {
+	addr := streamstest.FreeAddr(p.t)
+	p.procs[name] = &process{name: name, ops: addr, env: append(env, "NATS_URL="+p.nats.URL, "OPS_ADDR="+addr, "LOG_FORMAT=text")}
+}
+
+// apply does what an operator does once: streamctl apply.
+func (p *pipeline) apply() {
+	p.t.Helper()
+	dir, _ := build()
+	cmd := exec.Command(filepath.Join(dir, "streamctl"), "apply")
+	cmd.Env = []string{"NATS_URL=" + p.nats.URL}
+	if out, err := cmd.CombinedOutput(); err != nil {
+		p.t.Fatalf("streamctl apply: %v\n%s", err, out)
+	}
+}
+
+func (p *pipeline) start(names ...string) {
+	p.t.Helper()
+	dir, _ := build()
+	for _, name := range names {
+		pr := p.procs[name]
+		cmd := exec.Command(filepath.Join(dir, name))
+		cmd.Env = pr.env
+		cmd.Stdout, cmd.Stderr = p.t.Output(), p.t.Output()
+		if err := cmd.Start(); err != nil {
+			p.t.Fatal(err)
+		}
+		pr.cmd = cmd
+		p.t.Cleanup(func() {
+			_ = cmd.Process.Kill() // may have ended already
+			_ = cmd.Wait()
+		})
+	}
+}
+
+func (p *pipeline) kill(name string, sig syscall.Signal) error {
+	p.t.Helper()
+	pr := p.procs[name]
+	if err := pr.cmd.Process.Signal(sig); err != nil {
+		p.t.Fatal(err)
+	}
+	return pr.cmd.Wait()
+}
+
+func (p *pipeline) ready(names ...string) {
+	p.t.Helper()
+	for _, name := range names {
+		streamstest.Eventually(p.t, name+" to be ready", func() bool { return p.readyz(name) == nil })
+	}
+}
+
+func (p *pipeline) readyz(name string) error {
+	ctx, cancel := context.WithTimeout(p.t.Context(), time.Second)
+	defer cancel()
+	return readyz(ctx, p.procs[name].ops)
+}
+
+var client = &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: 64}}
+
+// post hands in one event and returns the status, 0 when there was no answer.
+func (p *pipeline) post(id string) (status int, answer string) {
+	body := fmt.Sprintf(`{"request_id":%q,"subscriber_id":12,"session_id":"s-%s","user_id":"user@example.com"}`, id, id)
+	req, err := http.NewRequestWithContext(p.t.Context(), http.MethodPost, p.ingestURL+"/fingerprint/ingest", strings.NewReader(body))
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	req.Header.Set("Content-Type", "application/json")
+	req.Header.Set("X-API-Key", p.apiKey)
+	resp, err := client.Do(req)
+	if err != nil {
+		return 0, err.Error()
+	}
+	defer resp.Body.Close()
+	b, _ := io.ReadAll(resp.Body) // a cut answer is no answer
+	return resp.StatusCode, string(b)
+}
+
+func (p *pipeline) status(id string) record.Status {
+	b, err := p.rdb.Get(p.t.Context(), record.Key(id)).Bytes()
+	if err != nil {
+		return ""
+	}
+	r, err := record.Decode(b)
+	if err != nil {
+		p.t.Errorf("%s: %v", id, err)
+	}
+	return r.Status
+}
+
+func (p *pipeline) eventually(id string, want record.Status) {
+	p.t.Helper()
+	streamstest.Eventually(p.t, fmt.Sprintf("%s to be %s", id, want), func() bool { return p.status(id) == want })
+}
+
+// metric returns a value from a service's operators' port, 0 when absent.
+func (p *pipeline) metric(service, series string) float64 {
+	p.t.Helper()
+	resp, err := client.Get("http://" + p.procs[service].ops + "/metrics")
+	if err != nil {
+		return 0
+	}
+	defer resp.Body.Close()
+	b, _ := io.ReadAll(resp.Body)
+	for line := range strings.SplitSeq(string(b), "\n") {
+		if v, ok := strings.CutPrefix(line, series+" "); ok {
+			f, err := strconv.ParseFloat(v, 64)
+			if err != nil {
+				p.t.Fatal(err)
+			}
+			return f
+		}
+	}
+	return 0
+}
+
+// accounted checks the sum of what was accepted: everything in FP_INGEST has a
+// ready record or is in FP_DEAD, and nothing waits.
+func (p *pipeline) accounted(accepted map[string]bool) {
+	p.t.Helper()
+	conn := p.nats.Connect("test")
+	streamstest.Eventually(p.t, "nothing to wait", func() bool {
+		for _, ref := range [][2]string{{streams.StreamIngest, streams.DurablePrefetcher}, {streams.StreamEnriched, streams.DurablePersister}} {
+			l, err := streams.ReadLag(p.t.Context(), conn.JS, ref[0], ref[1])
+			if err != nil || l.Messages() != 0 {
+				return false
+			}
+		}
+		return true
+	})
+	stored := map[string]bool{}
+	st, err := conn.JS.Stream(p.t.Context(), streams.StreamIngest)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	for seq := uint64(1); seq <= st.CachedInfo().State.LastSeq; seq++ {
+		m, err := st.GetMsg(p.t.Context(), seq)
+		if err != nil {
+			p.t.Fatal(err)
+		}
+		e, err := streams.DecodeEvent(m.Data)
+		if err != nil {
+			p.t.Fatal(err)
+		}
+		stored[e.RequestID] = true
+	}
+	dead, err := conn.JS.Stream(p.t.Context(), streams.StreamDead)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	lost, missing := 0, 0
+	for id := range accepted {
+		if !stored[id] {
+			lost++
+		}
+	}
+	for id := range stored {
+		if p.status(id) != record.Ready {
+			missing++
+		}
+	}
+	if n := dead.CachedInfo().State.Msgs; lost != 0 || missing != 0 || n != 0 {
+		p.t.Errorf("of %d accepted %d were not stored; of %d stored %d have no ready record; %d dead letters", len(accepted), lost, len(stored), missing, n)
+	}
+	p.t.Logf("accepted %d = stored and answered; stored %d = ready; dead 0; waiting 0", len(accepted), len(stored))
+}
+
+func redisClient(t *testing.T, url string) *redis.Client {
+	t.Helper()
+	o, err := redis.ParseURL(url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := redis.NewClient(o)
+	t.Cleanup(func() { c.Close() })
+	return c
+}
+
+// Promise 8: the services start first, in any order, with everything down;
+// they say that they are not ready, and work once the rest is there.
+func TestProcessesStartInAnyOrder(t *testing.T) {
+	t.Parallel()
+	p := newPipeline(t)
+	p.nats.Stop()
+	p.redis.Kill()
+	names := []string{"persister", "ingest", "prefetcher"}
+	p.start(names...)
+	for _, name := range names {
+		streamstest.Eventually(t, name+" to say what it lacks", func() bool {
+			err := p.readyz(name)
+			return err != nil && strings.Contains(err.Error(), "not ready")
+		})
+	}
+	if status, answer := p.post("too-early"); status != http.StatusServiceUnavailable {
+		t.Errorf("without NATS: %d %s", status, answer)
+	}
+	p.nats.Start()
+	p.apply()
+	p.redis.Start()
+	p.ready(names...)
+	if status, answer := p.post("1A2B3C4D5E"); status != http.StatusAccepted {
+		t.Fatalf("%d %s", status, answer)
+	}
+	p.eventually("1A2B3C4D5E", record.Ready)
+	for _, name := range names {
+		if err := p.kill(name, syscall.SIGTERM); err != nil {
+			t.Errorf("%s after SIGTERM: %v", name, err)
+		}
+	}
+	// What was refused while NATS was away is nowhere.
+	p.accounted(map[string]bool{"1A2B3C4D5E": true})
+	if p.status("too-early") != "" {
+		t.Error("an event answered 503 was stored later")
+	}
+}
+
+// Promises 1 and 2 with kill -9: every 202 ends as a record.
+func TestKillNineInTheMiddleLosesNothing(t *testing.T) {
+	t.Parallel()
+	p := newPipeline(t)
+	p.apply()
+	p.start("ingest", "prefetcher", "persister")
+	p.ready("ingest", "prefetcher", "persister")
+	const posts = 5000
+	victims := map[int64]string{1000: "ingest", 2000: "prefetcher", 3000: "persister"}
+	var next atomic.Int64
+	var mu sync.Mutex
+	accepted := map[string]bool{}
+	var wg sync.WaitGroup
+	for range 16 {
+		wg.Go(func() {
+			for n := next.Add(1); n <= posts; n = next.Add(1) {
+				if name, ok := victims[n]; ok {
+					_ = p.kill(name, syscall.SIGKILL) // "signal: killed" is what was asked for
+					p.start(name)
+				}
+				id := fmt.Sprint("kill-", n)
+				for try := 0; try < 3; try++ {
+					if status, _ := p.post(id); status == http.StatusAccepted {
+						mu.Lock()
+						accepted[id] = true
+						mu.Unlock()
+						break
+					}
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if len(accepted) < posts*9/10 {
+		t.Fatalf("only %d of %d posts were accepted", len(accepted), posts)
+	}
+	p.accounted(accepted)
+}
+
+// The vendor is away for the whole time: clients notice nothing, records say
+// pending, the lag grows in seconds, and afterwards everything becomes ready.
+func TestVendorAwayIsPendingThenReady(t *testing.T) {
+	t.Parallel()
+	p := newPipeline(t)
+	p.apply()
+	p.sim.SetFault(&fingerprintsim.Fault{Reset: true})
+	p.start("ingest", "prefetcher", "persister")
+	p.ready("ingest", "prefetcher", "persister")
+	accepted := map[string]bool{}
+	for i := range 200 {
+		id := fmt.Sprint("away-", i)
+		if status, answer := p.post(id); status != http.StatusAccepted {
+			t.Fatalf("%d %s", status, answer)
+		}
+		accepted[id] = true
+	}
+	for id := range accepted {
+		p.eventually(id, record.Pending)
+	}
+	const lag = `fp_consumer_lag_seconds{consumer="prefetcher",stream="FP_INGEST"}`
+	streamstest.Eventually(t, "lag in seconds", func() bool { return p.metric("prefetcher", lag) > 1 })
+	before := p.metric("prefetcher", lag)
+	streamstest.Eventually(t, "lag to grow", func() bool { return p.metric("prefetcher", lag) > before+1 })
+	if v := p.metric("prefetcher", `fp_stage_holding{cause="fingerprint",consumer="prefetcher"}`); v != 1 {
+		t.Errorf("fp_stage_holding = %v", v)
+	}
+	p.sim.SetFault(nil)
+	for id := range accepted {
+		p.eventually(id, record.Ready)
+	}
+	p.accounted(accepted)
+}
+
+// NATS and Redis go away in the middle, one after the other.
+func TestServersAwayInTheMiddle(t *testing.T) {
+	t.Parallel()
+	p := newPipeline(t)
+	p.apply()
+	p.start("ingest", "prefetcher", "persister")
+	p.ready("ingest", "prefetcher", "persister")
+	accepted := map[string]bool{}
+	post := func(prefix string, n, want int) {
+		t.Helper()
+		for i := range n {
+			id := fmt.Sprint(prefix, "-", i)
+			begin := time.Now()
+			status, answer := p.post(id)
+			if status != want {
+				t.Errorf("%s: %d %s", id, status, answer)
+			}
+			if took := time.Since(begin); took > 2*time.Second {
+				t.Errorf("%s: answered after %v", id, took)
+			}
+			if status == http.StatusAccepted {
+				accepted[id] = true
+			}
+		}
+	}
+	post("before", 20, http.StatusAccepted)
+
+	p.redis.Kill()
+	streamstest.Eventually(t, "the persister to notice", func() bool { return p.readyz("persister") != nil })
+	post("no-redis", 20, http.StatusAccepted)
+	if err := p.readyz("ingest"); err != nil {
+		t.Errorf("the edge depends on Redis: %v", err)
+	}
+	p.redis.Start()
+	p.ready("persister")
+	for i := range 20 {
+		p.eventually(fmt.Sprint("no-redis-", i), record.Ready)
+	}
+
+	p.nats.Stop()
+	streamstest.Eventually(t, "all to notice", func() bool {
+		return p.readyz("ingest") != nil && p.readyz("prefetcher") != nil && p.readyz("persister") != nil
+	})
+	post("no-nats", 3, http.StatusServiceUnavailable)
+	p.nats.Start()
+	p.ready("ingest", "prefetcher", "persister")
+	post("after", 20, http.StatusAccepted)
+	for i := range 20 {
+		p.eventually(fmt.Sprint("after-", i), record.Ready)
+	}
+	for i := range 3 {
+		if s := p.status(fmt.Sprint("no-nats-", i)); s != "" {
+			t.Errorf("no-nats-%d is %s: an event answered 503 was stored later", i, s)
+		}
+	}
+	// The records written before Redis was killed without persistence are
+	// gone by design; rebuilding them is the replay's business.
+	for i := range 20 {
+		delete(accepted, fmt.Sprint("before-", i))
+	}
+}

@@ -1,0 +1,188 @@
+package ingest
+
+import (
+	"context"
+	"errors"
+	"io"
+	"mime"
+	"net/http"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/labstack/echo/v4"
+
+	"github.com/idenza/fingerprint-prefetch/streams"
+	"github.com/idenza/fingerprint-prefetch/streams/record"
+)
+
+// maxBody is the largest request body in bytes. Four members of a few hundred
+// bytes need a fraction of it, however they are escaped.
+const maxBody = 64 << 10
+
+// publisher stores events. Publish returns once the stream has acknowledged
+// the message or ctx is done; it makes its own attempts. After an error the
+// message may have been stored or not, and the same message may be published
+// again. It is safe for concurrent use.
+type publisher interface {
+	Publish(ctx context.Context, m streams.Message) (streams.Ack, error)
+}
+
+// authError is why a request has no good key.
+type authError struct{ reason authReason }
+
+func (e authError) Error() string { return "key: " + string(e.reason) }
+
+// scratch is what a request needs for as long as it is handled.
+type scratch struct {
+	buf     []byte
+	decoder bodyDecoder
+}
+
+// ingest handles POST /fingerprint/ingest. The checks go from what costs
+// nothing to what costs most, and none of the body is read for a stranger:
+// net/http asks for it ("100 Continue") only at the first read.
+func (s *server) ingest(c echo.Context) error {
+	x := c.(*exchange)
+	r := c.Request()
+	key, reason := s.keys.check(r.Header[headerKey], time.Now())
+	if key == nil {
+		if reason == keyMissing {
+			return errNoKey.because(authError{reason})
+		}
+		return errBadKey.because(authError{reason})
+	}
+	x.keyID = key.ID
+	if r.ContentLength > maxBody {
+		return errTooLarge
+	}
+	if err := checkMediaType(r.Header); err != nil {
+		return err
+	}
+
+	tmp := s.scratch.Get().(*scratch)
+	defer s.scratch.Put(tmp)
+	var err error
+	if tmp.buf, err = readBody(tmp.buf[:0], c.Response().Writer, r); err != nil {
+		return err
+	}
+	event, err := tmp.decoder.decode(tmp.buf)
+	if err != nil {
+		return err
+	}
+	x.requestID = event.RequestID
+	if !key.Subscribers.Contains(event.SubscriberID) {
+		return errSubscriber
+	}
+
+	ack, err := s.publish(r, event)
+	if err != nil {
+		return errStream.because(err)
+	}
+	x.outcome = accepted
+	if ack.Duplicate {
+		x.outcome = duplicate
+		c.Response().Header().Set(headerReplayed, "true")
+	}
+	tmp.buf = appendAccepted(tmp.buf[:0], event)
+	_ = c.Blob(http.StatusAccepted, contentTypeJSON, tmp.buf) // stored all the same if the client is gone
+	return nil
+}
+
+// checkMediaType admits JSON in UTF-8 and nothing around it. Any doubt about
+// what the bytes are is the client's to remove.
+func checkMediaType(h http.Header) error {
+	if len(h["Content-Encoding"]) > 0 {
+		return errCoding
+	}
+	types := h["Content-Type"]
+	if len(types) != 1 {
+		return errType
+	}
+	if types[0] == "application/json" {
+		return nil
+	}
+	mediaType, params, err := mime.ParseMediaType(types[0])
+	if err != nil || mediaType != "application/json" {
+		return errType
+	}
+	for name, value := range params {
+		if name != "charset" || !strings.EqualFold(value, "utf-8") {
+			return errType
+		}
+	}
+	return nil
+}
+
+// readBody appends the request's body to dst, which must be empty.
+func readBody(dst []byte, w http.ResponseWriter, r *http.Request) ([]byte, error) {
+	var err error
+	if n := r.ContentLength; n >= 0 {
+		dst = slices.Grow(dst, int(n))[:n]
+		_, err = io.ReadFull(r.Body, dst)
+	} else {
+		body := http.MaxBytesReader(w, r.Body, maxBody)
+		for err == nil {
+			dst = slices.Grow(dst, 512)
+			var n int
+			n, err = body.Read(dst[len(dst):cap(dst)])
+			dst = dst[:len(dst)+n]
+		}
+		if err == io.EOF {
+			err = nil
+		}
+	}
+	if err == nil {
+		return dst, nil
+	}
+	if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
+		return dst, errTooLarge
+	}
+	return dst, bodyError{wholeBody, ruleUnread, "ends too early or comes too slowly"}
+}
+
+// publish stores an event. It does not stop when the client goes away: the
+// message may be on its way, and whether it was stored should be counted.
+func (s *server) publish(r *http.Request, e streams.Event) (streams.Ack, error) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), s.publishTimeout)
+	defer cancel()
+	const around = 96 // names and digits around the texts
+	return s.publisher.Publish(ctx, streams.Message{
+		Stream:      streams.StreamIngest,
+		Subject:     streams.IngestSubject(e.SubscriberID),
+		ID:          e.MessageID(),
+		TraceParent: traceParent(r.Header["Traceparent"]),
+		Body:        appendEvent(make([]byte, 0, around+len(e.RequestID)+len(e.SessionID)+len(e.UserID)), e),
+	})
+}
+
+// traceParent returns a W3C trace context worth passing on, or "". It goes
+// into a message header and from there into logs, so it is taken by its form
+// and not on trust.
+func traceParent(values []string) string {
+	const form = "00-0123456789abcdef0123456789abcdef-0123456789abcdef-01"
+	if len(values) != 1 || len(values[0]) != len(form) {
+		return ""
+	}
+	v := values[0]
+	for i := range len(v) {
+		hexDigit := v[i] >= '0' && v[i] <= '9' || v[i] >= 'a' && v[i] <= 'f'
+		if dash := form[i] == '-'; dash && v[i] != '-' || !dash && !hexDigit {
+			return ""
+		}
+	}
+	const noTrace, noSpan = "00000000000000000000000000000000", "0000000000000000"
+	if v[:3] != "00-" || v[3:35] == noTrace || v[36:52] == noSpan {
+		return ""
+	}
+	return v
+}
+
+// appendAccepted appends the body of the 202.
+func appendAccepted(dst []byte, e streams.Event) []byte {
+	dst = append(dst, `{"status":"accepted","mode":"prefetch_pipeline","redis_keys":[`...)
+	dst = appendQuoted(dst, record.Key(e.RequestID))
+	dst = appendQuoted(append(dst, `],"user_id":`...), e.UserID)
+	dst = appendQuoted(append(dst, `,"session_id":`...), e.SessionID)
+	return append(dst, '}')
+}

@@ -1,0 +1,216 @@
+package prefetcher
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"time"
+
+	"github.com/idenza/fingerprint-prefetch/streams"
+	"github.com/idenza/fingerprint-prefetch/streams/record"
+)
+
+// The vendor answers 404 for what is not there yet and for what never was.
+// An event counts as never there after this budget, counted from the first
+// 404 and not from the event's age, and after so many looks.
+const (
+	notFoundBudget = 30 * time.Second
+	notFoundLooks  = 3
+)
+
+// lookAgain is how long after each 404 the next look is.
+func lookAgain(looks int) time.Duration {
+	schedule := [...]time.Duration{
+		500 * time.Millisecond, time.Second, 2 * time.Second, 4 * time.Second, 8 * time.Second, 15 * time.Second,
+	}
+	return schedule[min(looks, len(schedule))-1]
+}
+
+// backoff is how long after the n-th failure in a row an event is tried again:
+// doubling from half a second to a minute, plus or minus a quarter.
+func backoff(n int) time.Duration {
+	d := min(500*time.Millisecond<<min(n-1, 10), time.Minute)
+	return d*3/4 + rand.N(d/2)
+}
+
+// newerSchemaWait is how long an event of a newer version waits for a newer
+// replica before this one looks at it again.
+const newerSchemaWait = 30 * time.Second
+
+// eventGetter answers one call about one event. *Fingerprint is the real one.
+type eventGetter interface {
+	Event(ctx context.Context, id string) Answer
+}
+
+// publisher stores a message and returns once the stream has it.
+type publisher interface {
+	Publish(ctx context.Context, m streams.Message) (streams.Ack, error)
+}
+
+// handler decides about accepted events.
+type handler struct {
+	vendor    eventGetter
+	publisher publisher
+	quota     *quota
+	breaker   breaker
+	maxAge    time.Duration
+	now       func() time.Time
+	metrics   *metrics
+}
+
+// look is what is known about an event from earlier looks at it.
+type look struct {
+	attempts  int       // calls spent
+	fetchedAt time.Time // of the last answer
+	failures  int       // transient ones in a row
+	reason    record.Reason
+	notFound  int       // 404s
+	since     time.Time // of the first one
+
+	// end is set once it is known how the event ends; what remains is to
+	// publish it. It is kept so that a stream that refuses it costs no
+	// second call.
+	end  *record.Record
+	dead streams.DeadReason // set when the event also is to be dead-lettered
+}
+
+// handle looks at one event: at most one call, at most one result.
+func (h *handler) handle(ctx context.Context, d *streams.Delivery) streams.Decision {
+	e, err := streams.DecodeEvent(d.Data)
+	switch {
+	case errors.Is(err, streams.ErrNewerSchema):
+		return streams.RetryAfter(newerSchemaWait, err)
+	case err != nil:
+		return streams.DeadLetter(streams.DeadUndecodable, err)
+	}
+	l, ok := d.Memo.(*look)
+	if !ok {
+		l = &look{}
+		d.Memo = l
+	}
+	if l.end == nil {
+		if dec, done := h.ask(ctx, d, e, l); !done {
+			return dec
+		}
+	}
+	return h.conclude(ctx, d, l)
+}
+
+// ask makes a call unless the event is past it, and either sets l.end and
+// returns true, or returns what to do until the next look.
+func (h *handler) ask(ctx context.Context, d *streams.Delivery, e streams.Event, l *look) (streams.Decision, bool) {
+	end := func(status record.Status, reason record.Reason) (streams.Decision, bool) {
+		r := streams.NewRecord(e, d.AcceptedAt, status, reason)
+		r.Attempts = l.attempts
+		if l.attempts > 0 {
+			r.FetchedAt = record.At(l.fetchedAt)
+		}
+		l.end = &r
+		return streams.Decision{}, true
+	}
+	switch {
+	case d.Poison():
+		l.dead = streams.DeadPoison
+		return end(record.Failed, record.Poison)
+	case h.now().Sub(d.AcceptedAt) > h.maxAge:
+		l.dead = streams.DeadExhausted
+		if l.reason == "" {
+			l.reason = record.TooOld
+		}
+		return end(record.Failed, l.reason)
+	}
+
+	start := h.now()
+	if err := h.quota.wait(ctx, callPriority(d, l)); err != nil {
+		return streams.RetryAfter(0, err), false
+	}
+	asked := h.now()
+	h.metrics.wait.Observe(asked.Sub(start).Seconds())
+	// Once begun, a call is finished even when the process stops: it is paid
+	// for, and has a time limit of its own.
+	a := h.vendor.Event(context.WithoutCancel(ctx), e.RequestID)
+	l.attempts++
+	l.fetchedAt = h.now()
+	h.metrics.call(a.Outcome, l.fetchedAt.Sub(asked))
+
+	switch a.Outcome {
+	case Found:
+		h.breaker.ok()
+		dec, done := end(record.Ready, "")
+		checks := a.Checks(e.RequestID, e.SessionID, e.UserID, d.AcceptedAt)
+		l.end.Source, l.end.Checks, l.end.Signals, l.end.Event = record.SourceAPI, &checks, &a.Signals, a.Body
+		return dec, done
+	case Rejected:
+		h.breaker.ok()
+		return end(record.Rejected, record.EventIDInvalid)
+	case NotFound:
+		h.breaker.ok()
+		if l.notFound == 0 {
+			l.since = l.fetchedAt
+		}
+		l.notFound++
+		if l.notFound >= notFoundLooks && l.fetchedAt.Sub(l.since) >= notFoundBudget {
+			return end(record.NotFound, record.EventNotFound)
+		}
+		return streams.RetryAfter(lookAgain(l.notFound), a.Err), false
+	case Throttled:
+		pause := a.RetryAfter
+		if pause == 0 {
+			pause = throttlePause
+		}
+		h.quota.pause(pause)
+		l.reason = record.UpstreamUnavailable
+		return streams.RetryAfter(0, a.Err), false
+	case Misconfigured:
+		l.reason = record.Configuration
+		if h.breaker.fail(a.Outcome, e.RequestID) {
+			return streams.Hold(streams.CauseConfiguration, a.Err), false
+		}
+	case Malformed:
+		l.reason = record.UpstreamMalformed
+		if h.breaker.fail(a.Outcome, e.RequestID) {
+			return streams.Hold(streams.CauseVendor, a.Err), false
+		}
+	default: // Transient
+		l.reason = record.UpstreamUnavailable
+		if h.breaker.fail(a.Outcome, e.RequestID) {
+			return streams.Hold(streams.CauseVendor, a.Err), false
+		}
+	}
+	l.failures++
+	return streams.RetryAfter(backoff(l.failures), a.Err), false
+}
+
+func callPriority(d *streams.Delivery, l *look) priority {
+	switch {
+	case d.Mode() == "backfill":
+		return backfill
+	case l.notFound > 0:
+		return laterLook
+	}
+	return firstLook
+}
+
+// conclude publishes how the event ended.
+func (h *handler) conclude(ctx context.Context, d *streams.Delivery, l *look) streams.Decision {
+	body, err := l.end.Encode()
+	if err != nil {
+		return streams.DeadLetter(streams.DeadUndecodable, err)
+	}
+	m := streams.Message{
+		Stream: streams.StreamEnriched, Subject: streams.EnrichedSubject(l.end.SubscriberID),
+		ID: streams.DerivedMessageID(*l.end, d.Replay), TraceParent: d.Header.Get(streams.HeaderTraceParent), Body: body,
+	}
+	if d.Mode() == "backfill" {
+		m.Header = d.CopyHeader()
+	}
+	if _, err := h.publisher.Publish(context.WithoutCancel(ctx), m); err != nil {
+		return streams.Hold(streams.CauseNATS, err)
+	}
+	h.metrics.results.WithLabelValues(string(l.end.Status), string(l.end.Reason)).Inc()
+	if l.dead != "" {
+		return streams.DeadLetter(l.dead, fmt.Errorf("%s after %d calls", l.end.Reason, l.attempts))
+	}
+	return streams.Done()
+}
