@@ -12,6 +12,7 @@ import (
 
 	"github.com/redis/go-redis/v9"
 
+	"github.com/idenza/fingerprint-prefetch/streams/ops"
 	"github.com/idenza/fingerprint-prefetch/streams/record"
 )
 
@@ -26,22 +27,11 @@ func (s *stack) describe(w io.Writer) {
 	fmt.Fprintf(w, "The pipeline runs.\n\n")
 	fmt.Fprintf(w, "  ingest      %s\n", s.ingestURL)
 	fmt.Fprintf(w, "  operators   ingest http://%s  prefetcher http://%s  persister http://%s  (/metrics, /readyz)\n", s.opsAddrs[0], s.opsAddrs[1], s.opsAddrs[2])
-	fmt.Fprintf(w, "  NATS        %s\n", withoutPassword(s.natsURL))
-	fmt.Fprintf(w, "  Redis       %s\n", withoutPassword(s.redisURL))
+	fmt.Fprintf(w, "  NATS        %s\n", ops.WithoutPassword(s.natsURL))
+	fmt.Fprintf(w, "  Redis       %s\n", ops.WithoutPassword(s.redisURL))
 	if s.simURL != "" {
 		fmt.Fprintf(w, "  vendor      simulated at %s  (faults: curl -X PUT %s/sim/fault -d '{\"status\":503}'; null ends it)\n", s.simURL, s.simURL)
 	}
-}
-
-// withoutPassword cuts the credentials out of URLs, which may be several.
-func withoutPassword(urls string) string {
-	list := strings.Split(urls, ",")
-	for i, u := range list {
-		if scheme, rest, ok := strings.Cut(u, "://"); ok {
-			list[i] = scheme + "://" + rest[strings.LastIndexByte(rest, '@')+1:]
-		}
-	}
-	return strings.Join(list, ",")
 }
 
 // showJob sends the example and follows it to its record.

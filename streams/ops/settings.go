@@ -206,3 +206,15 @@ func (s *Settings) URL(name, def, doc string, schemes ...string) string {
 	}
 	return v
 }
+
+// WithoutPassword returns comma-separated server URLs without their
+// credentials, for people to read.
+func WithoutPassword(urls string) string {
+	list := strings.Split(urls, ",")
+	for i, u := range list {
+		if scheme, rest, ok := strings.Cut(u, "://"); ok {
+			list[i] = scheme + "://" + rest[strings.LastIndexByte(rest, '@')+1:]
+		}
+	}
+	return strings.Join(list, ",")
+}
