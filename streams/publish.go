@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -116,9 +117,7 @@ func (p *Publisher) publish(ctx context.Context, m Message) (Ack, error) {
 	if m.TraceParent != "" {
 		msg.Header[HeaderTraceParent] = []string{m.TraceParent}
 	}
-	for k, v := range m.Header {
-		msg.Header[k] = v
-	}
+	maps.Copy(msg.Header, m.Header)
 	var unsure, last error
 	for attempt := range publishAttempts {
 		if attempt > 0 && !sleep(ctx, publishPause) {

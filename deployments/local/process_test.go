@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -17,8 +18,6 @@ import (
 	"syscall"
 	"testing"
 	"time"
-
-	"crypto/rand"
 
 	"github.com/redis/go-redis/v9"
 
@@ -72,7 +71,6 @@ type process struct {
 	ops  string
 	env  []string
 	cmd  *exec.Cmd
-	log  *os.File
 }
 
 func newPipeline(t *testing.T) *pipeline {
@@ -345,7 +343,7 @@ func TestKillNineInTheMiddleLosesNothing(t *testing.T) {
 					p.start(name)
 				}
 				id := fmt.Sprint("kill-", n)
-				for try := 0; try < 3; try++ {
+				for range 3 {
 					if status, _ := p.post(id); status == http.StatusAccepted {
 						mu.Lock()
 						accepted[id] = true
@@ -404,7 +402,6 @@ func TestServersAwayInTheMiddle(t *testing.T) {
 	p.apply()
 	p.start("ingest", "prefetcher", "persister")
 	p.ready("ingest", "prefetcher", "persister")
-	accepted := map[string]bool{}
 	post := func(prefix string, n, want int) {
 		t.Helper()
 		for i := range n {
@@ -416,9 +413,6 @@ func TestServersAwayInTheMiddle(t *testing.T) {
 			}
 			if took := time.Since(begin); took > 2*time.Second {
 				t.Errorf("%s: answered after %v", id, took)
-			}
-			if status == http.StatusAccepted {
-				accepted[id] = true
 			}
 		}
 	}
@@ -451,10 +445,5 @@ func TestServersAwayInTheMiddle(t *testing.T) {
 		if s := p.status(fmt.Sprint("no-nats-", i)); s != "" {
 			t.Errorf("no-nats-%d is %s: an event answered 503 was stored later", i, s)
 		}
-	}
-	// The records written before Redis was killed without persistence are
-	// gone by design; rebuilding them is the replay's business.
-	for i := range 20 {
-		delete(accepted, fmt.Sprint("before-", i))
 	}
 }

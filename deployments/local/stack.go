@@ -300,6 +300,19 @@ func (s *stack) startServices(ctx context.Context, getenv func(string) string, l
 	if err != nil || convErr != nil {
 		return fmt.Errorf("%w: OPS_ADDR: %q is not host:port", ops.ErrSettings, getenv("OPS_ADDR"))
 	}
+	// Asked for before anything starts: somebody else's answer on a port must
+	// not pass for a service's.
+	wanted := [][2]string{{"INGEST_ADDR", getenv("INGEST_ADDR")}}
+	for i := range 3 {
+		wanted = append(wanted, [2]string{"OPS_ADDR", net.JoinHostPort(host, strconv.Itoa(base+i))})
+	}
+	for _, w := range wanted {
+		ln, err := ops.Listen(w[0], w[1])
+		if err != nil {
+			return err // names the setting already
+		}
+		ln.Close()
+	}
 	s.ingestURL = "http://" + getenv("INGEST_ADDR")
 	// A stop is asked for by stop, in the order of the data: what the edge
 	// accepted last still has stages to go through.
@@ -351,6 +364,8 @@ func (s *stack) ready(ctx context.Context) error {
 }
 
 func readyz(ctx context.Context, addr string) error {
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+addr+"/readyz", nil)
 	if err != nil {
 		return err

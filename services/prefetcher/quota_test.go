@@ -128,7 +128,12 @@ func TestBreakerNeedsDifferentIDs(t *testing.T) {
 	if b.fail(Transient, "six") {
 		t.Error("not reset by an answer")
 	}
-	if b.fail(Misconfigured, "a") || b.fail(Misconfigured, "a") || !b.fail(Misconfigured, "b") {
-		t.Error("a refused key needs exactly one confirmation by another id")
+	for range 2 {
+		if b.fail(Misconfigured, "a") {
+			t.Error("a refused key needs a confirmation by another id")
+		}
+	}
+	if !b.fail(Misconfigured, "b") {
+		t.Error("one confirmation is not enough")
 	}
 }

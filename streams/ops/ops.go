@@ -250,9 +250,7 @@ func (prog Program[C]) main(ctx context.Context, args []string, getenv func(stri
 			return 0
 		case "--help", "-help", "-h", "help":
 			fmt.Fprintf(stdout, "%s %s\n\nSettings (environment; NAME_FILE reads the value from a file):\n", prog.Name, prog.Summary)
-			s := NewSettings(func(string) string { return "" })
-			prog.read(s)
-			PrintSettings(stdout, s.Asked())
+			PrintSettings(stdout, prog.Settings())
 			return 0
 		}
 		fmt.Fprintf(stderr, "%s: unknown argument %q; settings come from the environment, see --help\n", prog.Name, args[0])
@@ -293,6 +291,13 @@ func (prog Program[C]) read(s *Settings) settings[C] {
 	_ = r.level.UnmarshalText([]byte(s.OneOf("LOG_LEVEL", "lowest level logged", "info", "debug", "warn", "error")))
 	r.format = s.OneOf("LOG_FORMAT", "form of log lines on stdout", "json", "text")
 	return r
+}
+
+// Settings lists every setting of the program.
+func (prog Program[C]) Settings() []Setting {
+	s := NewSettings(func(string) string { return "" })
+	prog.read(s)
+	return s.Asked()
 }
 
 // Serve reads the settings, opens the operators' port, and runs the service
