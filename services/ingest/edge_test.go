@@ -105,11 +105,11 @@ func newEdge(t testing.TB, p publisherFunc) *edge {
 	writeKeys(t, e.keysFile, acme, admin, expired)
 
 	m := newMetrics(e.registry)
-	keys, err := loadKeyring(e.keysFile, e.logs.logger(), m)
+	keys, err := loadKeyring(e.keysFile, 0, e.logs.logger(), m)
 	if err != nil {
 		t.Fatal(err)
 	}
-	e.server = newServer(keys, p, 1500*time.Millisecond, e.logs.logger(), m)
+	e.server = newServer(keys, p, Config{PublishTimeout: 1500 * time.Millisecond, MaxInflight: 1000}, e.logs.logger(), m)
 	return e
 }
 

@@ -7,6 +7,7 @@ import (
 	"mime"
 	"net/http"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -53,6 +54,12 @@ func (s *server) ingest(c echo.Context) error {
 		return errBadKey.because(authError{reason})
 	}
 	x.keyID = key.ID
+	// Each holds its body and a place at the stream; more at once would only
+	// make all of them late.
+	defer s.inflight.Add(-1)
+	if s.inflight.Add(1) > s.maxInflight {
+		return errOverload
+	}
 	if r.ContentLength > maxBody {
 		return errTooLarge
 	}
@@ -75,6 +82,9 @@ func (s *server) ingest(c echo.Context) error {
 		return errSubscriber
 	}
 
+	if err := limit(key.limit, c.Response().Header()); err != nil {
+		return err
+	}
 	ack, err := s.publish(r, event)
 	if err != nil {
 		return errStream.because(err)
@@ -86,6 +96,23 @@ func (s *server) ingest(c echo.Context) error {
 	}
 	tmp.buf = appendAccepted(tmp.buf[:0], event)
 	_ = c.Blob(http.StatusAccepted, contentTypeJSON, tmp.buf) // stored all the same if the client is gone
+	return nil
+}
+
+// limit takes the request out of the key's allowance and tells the client
+// what is left of it.
+func limit(l *limiter, h http.Header) error {
+	if l == nil {
+		return nil
+	}
+	a := l.take(time.Now())
+	h["Ratelimit-Limit"] = []string{strconv.Itoa(a.limit)}
+	h["Ratelimit-Remaining"] = []string{strconv.Itoa(a.remaining)}
+	h["Ratelimit-Reset"] = []string{seconds(a.reset)}
+	if !a.ok {
+		h["Retry-After"] = []string{seconds(a.retry)}
+		return errRate
+	}
 	return nil
 }
 

@@ -53,7 +53,7 @@ func Run(ctx context.Context, cfg Config, p *ops.Process) error {
 	defer ln.Close()
 
 	m := newMetrics(p.Registry)
-	keys, err := loadKeyring(cfg.APIKeysFile, p.Log, m)
+	keys, err := loadKeyring(cfg.APIKeysFile, cfg.RateLimit, p.Log, m)
 	if err != nil {
 		return fmt.Errorf("INGEST_API_KEYS_FILE: %w", err)
 	}
@@ -63,7 +63,7 @@ func Run(ctx context.Context, cfg Config, p *ops.Process) error {
 		return err // says it was connecting
 	}
 	defer conn.Close()
-	s := newServer(keys, streams.NewPublisher(conn.JS, p.Registry), cfg.PublishTimeout, p.Log, m)
+	s := newServer(keys, streams.NewPublisher(conn.JS, p.Registry), cfg, p.Log, m)
 
 	// These go on while the last requests are finished.
 	background, stop := context.WithCancel(context.WithoutCancel(ctx))

@@ -310,7 +310,7 @@ func TestReadConfig(t *testing.T) {
 		t.Error(err)
 	}
 	if diff := cmp.Diff(Config{
-		Addr: ":8080", APIKeysFile: path, PublishTimeout: 1500 * time.Millisecond,
+		Addr: ":8080", APIKeysFile: path, PublishTimeout: 1500 * time.Millisecond, MaxInflight: defaultInflight,
 		ShutdownGrace: 5 * time.Second, ShutdownTimeout: 20 * time.Second,
 		NATS: streams.ConnectConfig{Name: "ingest", URL: "nats://127.0.0.1:4222"},
 	}, got); diff != "" {

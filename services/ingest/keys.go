@@ -2,7 +2,6 @@ package ingest
 
 import (
 	"bytes"
-	"context"
 	"crypto/sha256"
 	"crypto/subtle"
 	"encoding/hex"
@@ -11,15 +10,12 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io"
-	"log/slog"
 	"maps"
 	"math"
 	"math/big"
-	"os"
 	"slices"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	strictjson "github.com/go-json-experiment/json"
@@ -57,7 +53,7 @@ type KeyEntry struct {
 	NotBefore time.Time `json:"not_before,omitzero"`
 	NotAfter  time.Time `json:"not_after,omitzero"`
 	// RateLimit is the requests per second the key may make on each replica;
-	// 0 means unlimited, nil whatever is usual. It is read and not enforced.
+	// 0 means unlimited, nil what INGEST_RATE_LIMIT says.
 	RateLimit *float64 `json:"rate_limit,omitzero"`
 }
 
@@ -223,7 +219,8 @@ func authReasons() []authReason {
 // apiKey is an entry ready for use.
 type apiKey struct {
 	KeyEntry
-	hash [sha256.Size]byte
+	hash  [sha256.Size]byte
+	limit *limiter // nil for no limit
 }
 
 type keySet map[string]*apiKey // by id
@@ -381,99 +378,4 @@ func parseEntry(members map[string]jsontext.Value) (*apiKey, []error) {
 		fault("not_after", "must be later than not_before")
 	}
 	return &key, faults
-}
-
-// keyring holds the keys in force. All methods but reload and watch are safe
-// for concurrent use.
-type keyring struct {
-	path    string
-	log     *slog.Logger
-	metrics *metrics
-	set     atomic.Pointer[keySet]
-
-	read  [sha256.Size]byte // hash of the content that set was read from
-	fault string            // what is wrong with the file since, if anything
-}
-
-// loadKeyring reads the keys file for the first time.
-func loadKeyring(path string, log *slog.Logger, m *metrics) (*keyring, error) {
-	k := &keyring{path: path, log: log, metrics: m}
-	if err := k.load(); err != nil {
-		return nil, err
-	}
-	if len(*k.set.Load()) == 0 {
-		return nil, fmt.Errorf("%s: no keys; `ingest keygen` makes one", path)
-	}
-	m.keysCurrent.Set(1)
-	return k, nil
-}
-
-// check is keySet.check on the keys in force.
-func (k *keyring) check(values []string, now time.Time) (*apiKey, authReason) {
-	return k.set.Load().check(values, now)
-}
-
-// load puts the keys of the file in force, if they are others than before.
-func (k *keyring) load() error {
-	// By content and not by time: a Kubernetes secret is swapped by a symbolic
-	// link three levels up, and an editor may keep the time.
-	b, err := os.ReadFile(k.path)
-	if err != nil {
-		return err // names the file already
-	}
-	hash := sha256.Sum256(b)
-	if k.set.Load() != nil && hash == k.read {
-		return nil
-	}
-	set, err := parseKeys(b)
-	if err != nil {
-		return fmt.Errorf("%s: %w", k.path, err)
-	}
-	for id := range set {
-		k.metrics.keyRequests.WithLabelValues(id, keyAccepted)
-		k.metrics.keyRequests.WithLabelValues(id, keyRefused)
-	}
-	k.metrics.keys.Set(float64(len(set)))
-	k.set.Store(&set)
-	k.read = hash
-	k.log.Info("api keys loaded", "keys", len(set))
-	return nil
-}
-
-// reload is load for a file that was good once: after a broken edit the old
-// keys stay in force, and that is said once and not at every look. A list
-// without keys is not broken: it revokes them all.
-func (k *keyring) reload() {
-	fault := ""
-	if err := k.load(); err != nil {
-		fault = err.Error()
-	}
-	switch {
-	case fault == k.fault:
-	case fault != "":
-		k.log.Error("api keys not reloaded, the old ones stay in force", "err", fault)
-	default:
-		k.log.Info("api keys file is good again")
-	}
-	k.fault = fault
-	if fault == "" {
-		k.metrics.keysCurrent.Set(1)
-	} else {
-		k.metrics.keysCurrent.Set(0)
-	}
-}
-
-// watch reloads at every interval until ctx is done. A revoked key is refused
-// within one interval.
-func (k *keyring) watch(ctx context.Context, interval time.Duration) {
-	tick := time.NewTicker(interval)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-			k.reload()
-		}
-	}
 }

@@ -257,7 +257,7 @@ func newRing(t *testing.T, path string) ring {
 	t.Helper()
 	r := ring{path: path, logs: new(logBuffer)}
 	var err error
-	if r.keyring, err = loadKeyring(path, r.logs.logger(), newMetrics(prometheus.NewRegistry())); err != nil {
+	if r.keyring, err = loadKeyring(path, 0, r.logs.logger(), newMetrics(prometheus.NewRegistry())); err != nil {
 		t.Fatal(err)
 	}
 	return r
@@ -376,11 +376,11 @@ func TestNoKeysAtTheStart(t *testing.T) {
 		if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := loadKeyring(path, new(logBuffer).logger(), newMetrics(prometheus.NewRegistry())); err == nil || !strings.Contains(err.Error(), path) {
+		if _, err := loadKeyring(path, 0, new(logBuffer).logger(), newMetrics(prometheus.NewRegistry())); err == nil || !strings.Contains(err.Error(), path) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	if _, err := loadKeyring(filepath.Join(dir, "absent.json"), new(logBuffer).logger(), newMetrics(prometheus.NewRegistry())); !errors.Is(err, os.ErrNotExist) {
+	if _, err := loadKeyring(filepath.Join(dir, "absent.json"), 0, new(logBuffer).logger(), newMetrics(prometheus.NewRegistry())); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("absent: %v", err)
 	}
 }

@@ -18,14 +18,17 @@ const (
 	forbidden        outcome = "forbidden"
 	tooLarge         outcome = "too_large"
 	unsupportedMedia outcome = "unsupported_media"
-	notFound         outcome = "not_found" // another path or method
-	unavailable      outcome = "unavailable"
+	notFound         outcome = "not_found"   // another path or method
+	throttled        outcome = "throttled"   // its key's rate
+	overloaded       outcome = "overloaded"  // too many requests at once
+	unavailable      outcome = "unavailable" // the stream
+	described        outcome = "described"   // the API's description
 	internalError    outcome = "error"
 )
 
 // outcomes lists them all.
 func outcomes() []outcome {
-	return []outcome{accepted, duplicate, invalid, unauthorized, forbidden, tooLarge, unsupportedMedia, notFound, unavailable, internalError}
+	return []outcome{accepted, duplicate, invalid, unauthorized, forbidden, tooLarge, unsupportedMedia, notFound, throttled, overloaded, unavailable, described, internalError}
 }
 
 // metrics of one edge. No label takes a value from a request.

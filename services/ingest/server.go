@@ -1,6 +1,7 @@
 package ingest
 
 import (
+	"cmp"
 	"encoding/binary"
 	"encoding/hex"
 	"errors"
@@ -35,24 +36,30 @@ type server struct {
 	keys           *keyring
 	publisher      publisher
 	publishTimeout time.Duration
+	maxInflight    int64
 	log            *slog.Logger
 	metrics        *metrics
 
-	scratch    sync.Pool // of *scratch
+	scratch    sync.Pool    // of *scratch
+	inflight   atomic.Int64 // requests with a good key
 	draining   atomic.Bool
 	authLog    sampler
 	publishLog sampler
 }
 
-func newServer(keys *keyring, p publisher, publishTimeout time.Duration, log *slog.Logger, m *metrics) *server {
+func newServer(keys *keyring, p publisher, cfg Config, log *slog.Logger, m *metrics) *server {
 	s := &server{
-		echo: echo.New(), keys: keys, publisher: p, publishTimeout: publishTimeout, log: log, metrics: m,
+		echo: echo.New(), keys: keys, publisher: p, publishTimeout: cfg.PublishTimeout, maxInflight: int64(cmp.Or(cfg.MaxInflight, defaultInflight)), log: log, metrics: m,
 		scratch: sync.Pool{New: func() any { return new(scratch) }},
 	}
 	s.echo.Logger.SetOutput(io.Discard)
 	s.echo.HTTPErrorHandler = func(err error, c echo.Context) { s.refuse(&exchange{Context: c}, err) }
 	s.echo.Use(s.observe)
 	s.echo.POST(ingestPath, s.ingest)
+	s.echo.GET(openAPIPath, func(c echo.Context) error {
+		c.(*exchange).outcome = described
+		return c.Blob(http.StatusOK, contentTypeJSON, openAPI)
+	})
 	return s
 }
 
@@ -170,6 +177,8 @@ var (
 	errTooLarge   = refusal{status: http.StatusRequestEntityTooLarge, outcome: tooLarge, text: "Request body is larger than 64 KiB"}
 	errType       = refusal{status: http.StatusUnsupportedMediaType, outcome: unsupportedMedia, text: "Content-Type must be application/json in UTF-8"}
 	errCoding     = refusal{status: http.StatusUnsupportedMediaType, outcome: unsupportedMedia, text: "Content-Encoding is not supported"}
+	errRate       = refusal{status: http.StatusTooManyRequests, outcome: throttled, text: "Rate limit of this API key exceeded"}
+	errOverload   = refusal{status: http.StatusServiceUnavailable, outcome: overloaded, text: "Too many requests at once; send the same request again"}
 	errStream     = refusal{status: http.StatusServiceUnavailable, outcome: unavailable, text: "Storing the event was not confirmed; send the same request again"}
 	errInternal   = refusal{status: http.StatusInternalServerError, outcome: internalError, text: "Internal error"}
 )
@@ -217,6 +226,9 @@ func (s *server) refuse(x *exchange, err error) {
 		}
 	case tooLarge:
 		hangUp(x)
+	case overloaded:
+		h.Set("Retry-After", "1")
+		hangUp(x) // instead of reading the body
 	case unavailable:
 		h.Set("Retry-After", "1")
 		if more, ok := s.publishLog.take(time.Now()); ok {
