@@ -5,6 +5,7 @@
 //
 //	go run ./deployments/local           do the job once, then serve until Ctrl-C
 //	go run ./deployments/local --once    do the job once and exit
+//	go run ./deployments/local bench     how fast the edge is, beside bare parts
 //	go run ./deployments/local --help    everything else
 package main
 
@@ -32,6 +33,7 @@ func main() {
 const usage = `local runs the whole pipeline in one process on embedded servers.
 
   go run ./deployments/local [--once] [--data DIR] [--real]
+  go run ./deployments/local bench      how fast the edge is, beside bare parts
 
 `
 
@@ -54,6 +56,9 @@ type options struct {
 // run is main without the process: it returns the exit code, 0 done, 1 failed,
 // 2 bad usage or settings.
 func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) int {
+	if len(args) > 0 && args[0] == "bench" {
+		return benchEdge(ctx, args[1:], stdout, stderr)
+	}
 	var o options
 	fs := flag.NewFlagSet("local", flag.ContinueOnError)
 	fs.SetOutput(stderr)

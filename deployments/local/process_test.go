@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/json"
@@ -68,9 +69,12 @@ type pipeline struct {
 // process is one service.
 type process struct {
 	name string
-	ops  string
-	env  []string
-	cmd  *exec.Cmd
+	// binary is the command's name, if it is not name.
+	binary string
+
+	ops string
+	env []string
+	cmd *exec.Cmd
 }
 
 func newPipeline(t *testing.T) *pipeline {
@@ -128,7 +132,7 @@ func (p *pipeline) start(names ...string) {
 	dir, _ := build()
 	for _, name := range names {
 		pr := p.procs[name]
-		cmd := exec.Command(filepath.Join(dir, name))
+		cmd := exec.Command(filepath.Join(dir, cmp.Or(pr.binary, name)))
 		cmd.Env = pr.env
 		cmd.Stdout, cmd.Stderr = p.t.Output(), p.t.Output()
 		if err := cmd.Start(); err != nil {

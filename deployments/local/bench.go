@@ -1,0 +1,397 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/labstack/echo/v4"
+	"github.com/nats-io/nats-server/v2/server"
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/idenza/fingerprint-prefetch/services/ingest"
+	"github.com/idenza/fingerprint-prefetch/streams"
+	"github.com/idenza/fingerprint-prefetch/streams/ops"
+)
+
+// benchResult is one row of the edge's benchmark.
+type benchResult struct {
+	What    string  `json:"what"`
+	Clients int     `json:"clients"`
+	Rate    float64 `json:"per_second"`
+	// OfEcho is Rate as a part of the bare echo handler's in the same run.
+	OfEcho float64 `json:"of_bare_echo,omitzero"`
+	P50    float64 `json:"p50_ms"`
+	P99    float64 `json:"p99_ms"`
+	Failed int64   `json:"failed,omitempty"`
+}
+
+// benchEdge measures, in one run and on one machine, a bare echo handler that
+// only validates, bare publishes, and the edge with everything on. Only the
+// ratios mean something elsewhere: load, server and stream share the cores.
+func benchEdge(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	fs := flag.NewFlagSet("bench", flag.ContinueOnError)
+	fs.SetOutput(stderr)
+	duration := fs.Duration("duration", 4*time.Second, "length of each measurement")
+	rounds := fs.Int("rounds", 3, "rounds; the medians are printed")
+	asJSON := fs.Bool("json", false, "print a JSON list")
+	if err := fs.Parse(args); err != nil {
+		if errors.Is(err, flag.ErrHelp) {
+			return 0
+		}
+		return 2
+	}
+	b, err := newEdgeBench(ctx)
+	if err == nil {
+		err = b.run(ctx, *duration, *rounds, stdout, *asJSON)
+		b.stop()
+	}
+	if err != nil {
+		fmt.Fprintln(stderr, "local bench:", err)
+		return 1
+	}
+	return 0
+}
+
+// edgeBench is what the measurements run against.
+type edgeBench struct {
+	bare, edge string // addresses
+	apiKey     string
+	js         jetstream.JetStream
+	undo       []func()
+}
+
+func (b *edgeBench) stop() {
+	for _, f := range slices.Backward(b.undo) {
+		f()
+	}
+}
+
+func newEdgeBench(ctx context.Context) (b *edgeBench, err error) {
+	b = &edgeBench{}
+	defer func() {
+		if err != nil {
+			b.stop()
+		}
+	}()
+	dir, err := os.MkdirTemp("", "fingerprint-prefetch-bench-")
+	if err != nil {
+		return nil, fmt.Errorf("make a directory: %w", err)
+	}
+	b.undo = append(b.undo, func() { os.RemoveAll(dir) })
+	srv, err := server.NewServer(&server.Options{Host: "127.0.0.1", Port: -1, JetStream: true, StoreDir: dir, NoSigs: true, NoLog: true})
+	if err != nil {
+		return nil, fmt.Errorf("start nats-server: %w", err)
+	}
+	srv.Start()
+	b.undo = append(b.undo, srv.Shutdown)
+	if !srv.ReadyForConnections(10 * time.Second) {
+		return nil, errors.New("nats-server does not start")
+	}
+	conn, err := streams.Connect(streams.ConnectConfig{Name: "bench", URL: srv.ClientURL()}, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
+	if err != nil {
+		return nil, err
+	}
+	b.undo, b.js = append(b.undo, conn.Close), conn.JS
+	if _, err := streams.Ensure(ctx, conn.JS, streams.Limits{MaxBytes: map[string]int64{streams.StreamIngest: 16 << 30}}, false); err != nil {
+		return nil, err
+	}
+
+	key, entry, err := ingest.NewKey("bench", ingest.AllSubscribers(), rand.Reader)
+	if err != nil {
+		return nil, err
+	}
+	b.apiKey = key
+	keys, err := json.Marshal([]ingest.KeyEntry{entry})
+	if err != nil {
+		return nil, err
+	}
+	file := filepath.Join(dir, "keys.json")
+	if err := os.WriteFile(file, keys, 0o600); err != nil {
+		return nil, err
+	}
+	edge, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return nil, err
+	}
+	settings := ops.NewSettings(func(name string) string {
+		return map[string]string{"NATS_URL": srv.ClientURL(), "INGEST_API_KEYS_FILE": file, "SHUTDOWN_GRACE": "0s"}[name]
+	})
+	cfg := ingest.ReadConfig(settings)
+	if err := settings.Err(); err != nil {
+		return nil, err
+	}
+	cfg.Listener, b.edge = edge, edge.Addr().String()
+	proc := ops.NewProcess("ingest", io.Discard, slog.LevelInfo, "json")
+	runCtx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	done := make(chan error, 1)
+	go func() { done <- ingest.Run(runCtx, cfg, proc) }()
+	b.undo = append(b.undo, func() { cancel(); <-done })
+	if err := poll(ctx, proc.Health.Err); err != nil {
+		return nil, err
+	}
+
+	bare, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return nil, err
+	}
+	bareServer := &http.Server{Handler: bareEcho(key), ReadHeaderTimeout: 5 * time.Second}
+	go bareServer.Serve(bare) //nolint:errcheck // ends with Close
+	b.bare = bare.Addr().String()
+	b.undo = append(b.undo, func() { bareServer.Close() })
+	return b, nil
+}
+
+// bareEcho is the yardstick, and is not to be improved: the shortest handler
+// that checks the key and the four fields as echo offers it, and stores
+// nothing.
+func bareEcho(key string) http.Handler {
+	e := echo.New()
+	e.POST("/fingerprint/ingest", func(c echo.Context) error {
+		if c.Request().Header.Get("X-API-Key") != key {
+			return c.JSON(http.StatusUnauthorized, map[string]string{"error": "Invalid API key"})
+		}
+		var in struct {
+			RequestID    string `json:"request_id"`
+			SubscriberID int64  `json:"subscriber_id"`
+			SessionID    string `json:"session_id"`
+			UserID       string `json:"user_id"`
+		}
+		if err := c.Bind(&in); err != nil || in.RequestID == "" || in.SubscriberID == 0 || in.SessionID == "" || in.UserID == "" {
+			return c.JSON(http.StatusBadRequest, map[string]string{"error": "Invalid body"})
+		}
+		return c.JSON(http.StatusAccepted, map[string]any{
+			"status": "accepted", "mode": "prefetch_pipeline", "redis_keys": []string{"fp:prefetch:" + in.RequestID},
+			"user_id": in.UserID, "session_id": in.SessionID,
+		})
+	})
+	return e
+}
+
+func (b *edgeBench) run(ctx context.Context, d time.Duration, rounds int, w io.Writer, asJSON bool) error {
+	var serial atomic.Int64
+	post := func(addr string) func(context.Context) (func() error, func(), error) {
+		return func(ctx context.Context) (func() error, func(), error) {
+			return httpClient(ctx, addr, b.apiKey, &serial)
+		}
+	}
+	publish := func(context.Context) (func() error, func(), error) {
+		return func() error {
+			n := strconv.FormatInt(serial.Add(1), 10)
+			msg := &nats.Msg{Subject: streams.IngestSubject(12), Data: bytes.Repeat([]byte{'x'}, 300), Header: nats.Header{jetstream.MsgIDHeader: {n}}}
+			_, err := b.js.PublishMsg(ctx, msg)
+			return err
+		}, func() {}, nil
+	}
+	var all []benchResult
+	for _, clients := range []int{64, 256} {
+		rows := []struct {
+			what string
+			new  func(context.Context) (func() error, func(), error)
+		}{{"bare echo handler", post(b.bare)}, {"bare publish", publish}, {"edge", post(b.edge)}}
+		results := make([][]benchResult, len(rows))
+		for range rounds { // side by side, so that a noisy minute hits all
+			for i, row := range rows {
+				r, err := closedLoop(ctx, clients, d, row.new)
+				if err != nil {
+					return fmt.Errorf("%s: %w", row.what, err)
+				}
+				r.What, r.Clients = row.what, clients
+				results[i] = append(results[i], r)
+			}
+		}
+		var echoRate float64
+		for i := range rows {
+			slices.SortFunc(results[i], func(a, b benchResult) int { return int(a.Rate - b.Rate) })
+			r := results[i][len(results[i])/2]
+			if i == 0 {
+				echoRate = r.Rate
+			}
+			r.OfEcho = r.Rate / echoRate
+			all = append(all, r)
+		}
+	}
+	half := all[len(all)-1].Rate / 2
+	for _, row := range []struct {
+		what string
+		new  func(context.Context) (func() error, func(), error)
+	}{{"edge, open loop at half of that", post(b.edge)}, {"bare publish, open loop, same", publish}} {
+		r, err := openLoop(ctx, half, d, row.new)
+		if err != nil {
+			return err
+		}
+		r.What, r.Clients = row.what, openLoopClients
+		all = append(all, r)
+	}
+	if asJSON {
+		return json.NewEncoder(w).Encode(all)
+	}
+	fmt.Fprintf(w, "%-32s %8s %10s %9s %9s %9s %7s\n", "", "clients", "per second", "of echo", "p50 ms", "p99 ms", "failed")
+	for _, r := range all {
+		fmt.Fprintf(w, "%-32s %8d %10.0f %9.2f %9.2f %9.2f %7d\n", r.What, r.Clients, r.Rate, r.OfEcho, r.P50, r.P99, r.Failed)
+	}
+	return nil
+}
+
+// httpClient returns a call that posts a new event over one kept connection.
+// It is hand-made because a full client costs more than the server measured.
+func httpClient(ctx context.Context, addr, key string, serial *atomic.Int64) (call func() error, stop func(), err error) {
+	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", addr)
+	if err != nil {
+		return nil, nil, err
+	}
+	in := bufio.NewReader(conn)
+	var out, body []byte
+	call = func() error {
+		body = append(body[:0], `{"request_id":"1708102555327.`...)
+		body = strconv.AppendInt(body, serial.Add(1), 36)
+		body = append(body, `","subscriber_id":12,"session_id":"DEV-SESSION-XYZ","user_id":"user@example.com"}`...)
+		out = append(out[:0], "POST /fingerprint/ingest HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nX-API-Key: "...)
+		out = append(append(out, key...), "\r\nContent-Length: "...)
+		out = append(strconv.AppendInt(out, int64(len(body)), 10), "\r\n\r\n"...)
+		if _, err := conn.Write(append(out, body...)); err != nil {
+			return err
+		}
+		line, err := in.ReadSlice('\n')
+		if err != nil {
+			return err
+		}
+		accepted := bytes.HasPrefix(line, []byte("HTTP/1.1 202"))
+		length := 0
+		for {
+			if line, err = in.ReadSlice('\n'); err != nil {
+				return err
+			}
+			if len(line) <= 2 {
+				break
+			}
+			if v, ok := bytes.CutPrefix(line, []byte("Content-Length: ")); ok {
+				if length, err = strconv.Atoi(string(bytes.TrimSpace(v))); err != nil {
+					return err
+				}
+			}
+		}
+		if _, err := in.Discard(length); err != nil {
+			return err
+		}
+		if !accepted {
+			return errRefused
+		}
+		return nil
+	}
+	return call, func() { conn.Close() }, nil
+}
+
+var errRefused = errors.New("not accepted")
+
+// closedLoop lets clients call one after the other for d.
+func closedLoop(ctx context.Context, clients int, d time.Duration, newClient func(context.Context) (func() error, func(), error)) (benchResult, error) {
+	times := make([][]time.Duration, clients)
+	errs := make([]error, clients)
+	var failed atomic.Int64
+	var wg sync.WaitGroup
+	begin := time.Now()
+	for c := range clients {
+		wg.Go(func() {
+			call, stop, err := newClient(ctx)
+			if err != nil {
+				errs[c] = err
+				return
+			}
+			defer stop()
+			for start := time.Now(); start.Sub(begin) < d && ctx.Err() == nil; {
+				err := call()
+				end := time.Now()
+				switch {
+				case errors.Is(err, errRefused):
+					failed.Add(1)
+				case err != nil:
+					errs[c] = err
+					return
+				}
+				times[c] = append(times[c], end.Sub(start))
+				start = end
+			}
+		})
+	}
+	wg.Wait()
+	took := time.Since(begin)
+	all := slices.Concat(times...)
+	r := summarise(all)
+	r.Rate, r.Failed = float64(len(all))/took.Seconds(), failed.Load()
+	return r, errors.Join(append(errs, ctx.Err())...)
+}
+
+// openLoopClients is more than can be waiting at half of the maximum.
+const openLoopClients = 256
+
+// openLoop calls at a fixed rate whether or not answers have come, and counts
+// from when a call was due: a stall hits everything due in it.
+func openLoop(ctx context.Context, rate float64, d time.Duration, newClient func(context.Context) (func() error, func(), error)) (benchResult, error) {
+	begin := time.Now().Add(50 * time.Millisecond)
+	var next atomic.Int64
+	times := make([][]time.Duration, openLoopClients)
+	errs := make([]error, openLoopClients)
+	var failed atomic.Int64
+	var wg sync.WaitGroup
+	for c := range openLoopClients {
+		wg.Go(func() {
+			call, stop, err := newClient(ctx)
+			if err != nil {
+				errs[c] = err
+				return
+			}
+			defer stop()
+			for ctx.Err() == nil {
+				due := begin.Add(time.Duration(float64(next.Add(1)) / rate * float64(time.Second)))
+				if due.Sub(begin) > d {
+					return
+				}
+				time.Sleep(time.Until(due))
+				switch err := call(); {
+				case errors.Is(err, errRefused):
+					failed.Add(1)
+				case err != nil:
+					errs[c] = err
+					return
+				}
+				times[c] = append(times[c], time.Since(due))
+			}
+		})
+	}
+	wg.Wait()
+	all := slices.Concat(times...)
+	r := summarise(all)
+	r.Rate, r.Failed = float64(len(all))/d.Seconds(), failed.Load()
+	return r, errors.Join(append(errs, ctx.Err())...)
+}
+
+func summarise(times []time.Duration) (r benchResult) {
+	if len(times) == 0 {
+		return r
+	}
+	slices.Sort(times)
+	ms := func(q float64) float64 {
+		return float64(times[int(q*float64(len(times)-1))].Microseconds()) / 1000
+	}
+	r.P50, r.P99 = ms(0.5), ms(0.99)
+	return r
+}
