@@ -56,8 +56,8 @@ type Conn struct {
 	failed atomic.Pointer[error] // why the last attempt to connect failed
 }
 
-// Connect returns at once, connected or not: a service starts before its
-// servers do. It fails only on a configuration that can never work.
+// Connect returns soon, connected or not: a service starts before its
+// servers do, and one that accepts and says nothing costs two seconds. It fails only on a configuration that can never work.
 //
 // What the options are for:
 //   - a hung server is noticed by pings within 6 s (the default takes 4 min);

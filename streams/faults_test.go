@@ -1,8 +1,10 @@
 package streams_test
 
 import (
+	"flag"
 	"net"
 	"net/url"
+	"os"
 	"slices"
 	"sync"
 	"testing"
@@ -14,6 +16,20 @@ import (
 	"github.com/idenza/fingerprint-prefetch/streams"
 	"github.com/idenza/fingerprint-prefetch/streams/streamstest"
 )
+
+// TestMain runs more tests at once than there are processors: they wait for
+// servers to fail and to come back, and compute little.
+func TestMain(m *testing.M) {
+	flag.Parse()
+	asked := false
+	flag.Visit(func(f *flag.Flag) { asked = asked || f.Name == "test.parallel" })
+	if !asked {
+		if err := flag.Set("test.parallel", "8"); err != nil {
+			panic(err)
+		}
+	}
+	os.Exit(m.Run())
+}
 
 // proxy stands between a client and its server and can stop forwarding
 // without closing anything, as a hung server or a silent firewall does.

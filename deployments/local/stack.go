@@ -14,18 +14,14 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
-	"github.com/alicebob/miniredis/v2"
-	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/idenza/fingerprint-prefetch/services/ingest"
 	"github.com/idenza/fingerprint-prefetch/services/persister"
 	"github.com/idenza/fingerprint-prefetch/services/prefetcher"
-	"github.com/idenza/fingerprint-prefetch/services/prefetcher/fingerprintsim"
 	"github.com/idenza/fingerprint-prefetch/streams"
 	"github.com/idenza/fingerprint-prefetch/streams/ops"
 )
@@ -43,19 +39,6 @@ type stack struct {
 	// undo is run backwards by stop.
 	undo []func() error
 }
-
-// Where the embedded servers listen if the port is free, so that tools with
-// their usual defaults find them.
-const (
-	usualNATSPort  = 4222
-	usualRedisPort = 6379
-)
-
-// simLatency and simJitter are about what the vendor's API takes.
-const (
-	simLatency = 80 * time.Millisecond
-	simJitter  = 40 * time.Millisecond
-)
 
 // start brings up the servers that are to be embedded and then the services.
 func start(ctx context.Context, o options, getenv func(string) string, logs io.Writer) (_ *stack, err error) {
@@ -130,74 +113,6 @@ func layered(own map[string]string, getenv func(string) string, real bool) func(
 		}
 		return own[name]
 	}
-}
-
-func (s *stack) startNATS(dir string) (url string, err error) {
-	srv, err := server.NewServer(&server.Options{
-		ServerName: "local", Host: "127.0.0.1", Port: usualPort(usualNATSPort), JetStream: true, StoreDir: dir,
-		NoSigs: true, NoLog: true,
-	})
-	if err != nil {
-		return "", fmt.Errorf("start nats-server in %s: %w", dir, err)
-	}
-	s.undo = append(s.undo, func() error { srv.Shutdown(); srv.WaitForShutdown(); return nil })
-	srv.Start()
-	if !srv.ReadyForConnections(20 * time.Second) {
-		return "", fmt.Errorf("nats-server in %s does not start; is another stack using the directory?", dir)
-	}
-	if !srv.JetStreamEnabled() {
-		return "", fmt.Errorf("nats-server cannot use %s for its streams", dir)
-	}
-	return srv.ClientURL(), nil
-}
-
-func (s *stack) startRedis() (url string, err error) {
-	r := miniredis.NewMiniRedis()
-	port := usualPort(usualRedisPort)
-	if err := r.StartAddr(net.JoinHostPort("127.0.0.1", strconv.Itoa(max(port, 0)))); err != nil {
-		return "", fmt.Errorf("start embedded redis: %w", err)
-	}
-	// Its clock stands still unless moved.
-	ctx, cancel := context.WithCancel(context.Background())
-	var clock sync.WaitGroup
-	clock.Go(func() {
-		tick := time.NewTicker(time.Second)
-		defer tick.Stop()
-		for {
-			select {
-			case <-ctx.Done():
-				return
-			case <-tick.C:
-				r.FastForward(time.Second)
-			}
-		}
-	})
-	s.undo = append(s.undo, func() error { cancel(); clock.Wait(); r.Close(); return nil })
-	return "redis://" + r.Addr() + "/0", nil
-}
-
-// usualPort returns port, or -1 for any when it is taken.
-func usualPort(port int) int {
-	ln, err := net.Listen("tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(port)))
-	if err != nil {
-		return -1
-	}
-	ln.Close()
-	return port
-}
-
-func (s *stack) startSim() (url string, err error) {
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", fmt.Errorf("start the Fingerprint simulator: %w", err)
-	}
-	srv := &http.Server{
-		Handler:           fingerprintsim.New(fingerprintsim.Options{Key: "sim", Latency: simLatency, Jitter: simJitter}),
-		ReadHeaderTimeout: 5 * time.Second,
-	}
-	go srv.Serve(ln) //nolint:errcheck // ends with Close
-	s.undo = append(s.undo, srv.Close)
-	return "http://" + ln.Addr().String(), nil
 }
 
 // makeKey makes an API key for this run, good for every subscriber, and

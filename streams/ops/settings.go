@@ -212,9 +212,13 @@ func (s *Settings) URL(name, def, doc string, schemes ...string) string {
 func WithoutPassword(urls string) string {
 	list := strings.Split(urls, ",")
 	for i, u := range list {
-		if scheme, rest, ok := strings.Cut(u, "://"); ok {
-			list[i] = scheme + "://" + rest[strings.LastIndexByte(rest, '@')+1:]
+		scheme, rest, ok := strings.Cut(u, "://")
+		if ok {
+			scheme += "://"
+		} else {
+			scheme, rest = "", u
 		}
+		list[i] = scheme + rest[strings.LastIndexByte(rest, '@')+1:]
 	}
 	return strings.Join(list, ",")
 }

@@ -24,19 +24,16 @@ type applyFlags struct {
 
 func (f *applyFlags) parse(fs *flag.FlagSet, args []string) error {
 	f.limits.MaxBytes = map[string]int64{}
-	fs.IntVar(&f.limits.Replicas, "replicas", 1, "replicas of each stream: 1, 3 or 5")
-	fs.Func("max-bytes", "size limit of a stream as `STREAM=SIZE`, such as FP_INGEST=20GiB; repeatable", f.maxBytes)
+	fs.IntVar(&f.limits.Replicas, "replicas", 1, "copies of each stream, `N` = 1, 3 or 5")
+	fs.Func("max-bytes", "size limit of a stream as `STREAM=SIZE`, such as FP_INGEST=20GiB, instead of the default; repeatable", f.maxBytes)
 	fs.BoolVar(&f.json, "json", false, "print the changes as a JSON list")
-	fs.DurationVar(&f.timeout, "timeout", 30*time.Second, "how long to wait for NATS and its answers")
-	if err := fs.Parse(args); err != nil {
-		if errors.Is(err, flag.ErrHelp) {
-			return err
-		}
-		return usageError{errors.New("see streamctl " + fs.Name() + " --help")} // flag printed the fault
+	fs.DurationVar(&f.timeout, "timeout", 30*time.Second, "how `long` to wait for NATS and its answers")
+	if err := parse(fs, args); err != nil {
+		return err
 	}
 	switch {
-	case fs.NArg() > 0:
-		return usageError{fmt.Errorf("unknown argument %q; see streamctl %s --help", fs.Arg(0), fs.Name())}
+	case f.timeout <= 0:
+		return usageError{fmt.Errorf("--timeout %v is no time at all", f.timeout)}
 	case f.limits.Replicas != 1 && f.limits.Replicas != 3 && f.limits.Replicas != 5:
 		return usageError{fmt.Errorf("--replicas %d is none of 1, 3 and 5", f.limits.Replicas)}
 	}
@@ -54,6 +51,9 @@ func (f *applyFlags) maxBytes(v string) error {
 	}
 	if !known {
 		return fmt.Errorf("no stream is called %q", name)
+	}
+	if _, ok := f.limits.MaxBytes[name]; ok {
+		return fmt.Errorf("%s is given twice", name)
 	}
 	n, err := parseSize(size)
 	if err != nil {
@@ -81,17 +81,20 @@ func parseSize(s string) (int64, error) {
 
 func apply(ctx context.Context, e env, fs *flag.FlagSet, args []string) (int, error) {
 	var f applyFlags
-	allowLoss := fs.Bool("allow-loss", false, "also make changes that drop messages")
+	allowLoss := fs.Bool("allow-loss", false, "also make changes that drop messages, copies of them, or the room for new ones")
 	if err := f.parse(fs, args); err != nil {
 		return 0, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, f.timeout)
+	ctx, cancel := f.limit(ctx)
 	defer cancel()
 	conn, err := e.connect(ctx)
 	if err != nil {
 		return 0, err
 	}
 	defer conn.Close()
+	if _, err := f.diff(ctx, conn); err != nil {
+		return 0, err
+	}
 	changes, err := streams.Ensure(ctx, conn.JS, f.limits, *allowLoss)
 	if errors.Is(err, streams.ErrWouldLose) {
 		return 0, fmt.Errorf("nothing changed: %w; --allow-loss makes it all the same", err)
@@ -107,14 +110,14 @@ func diff(ctx context.Context, e env, fs *flag.FlagSet, args []string) (int, err
 	if err := f.parse(fs, args); err != nil {
 		return 0, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, f.timeout)
+	ctx, cancel := f.limit(ctx)
 	defer cancel()
 	conn, err := e.connect(ctx)
 	if err != nil {
 		return 0, err
 	}
 	defer conn.Close()
-	changes, err := streams.Diff(ctx, conn.JS, f.limits)
+	changes, err := f.diff(ctx, conn)
 	if err != nil {
 		return 0, err
 	}
@@ -123,6 +126,19 @@ func diff(ctx context.Context, e env, fs *flag.FlagSet, args []string) (int, err
 		code = exitLeft
 	}
 	return code, printChanges(e.stdout, changes, f.json, "no differences")
+}
+
+func (f *applyFlags) limit(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeoutCause(ctx, f.timeout, fmt.Errorf("gave up after %v", f.timeout))
+}
+
+// diff waits until the server of the streams answers.
+func (f *applyFlags) diff(ctx context.Context, conn *streams.Conn) (changes []streams.Change, err error) {
+	err = retry(ctx, func(ctx context.Context) error {
+		changes, err = streams.Diff(ctx, conn.JS, f.limits)
+		return err //nolint:wrapcheck // says what it did
+	})
+	return changes, err
 }
 
 func printChanges(w io.Writer, changes []streams.Change, asJSON bool, none string) error {

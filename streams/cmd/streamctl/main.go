@@ -2,6 +2,15 @@
 //
 //	streamctl apply    create or update streams and durables
 //	streamctl diff     show what apply would change
+//
+// It reaches NATS by the same NATS_* settings as the services. Results go to
+// standard output, everything else to standard error. Exit codes:
+//
+//	0  done
+//	1  failed
+//	2  bad usage or settings
+//	3  nothing matched
+//	4  stopped with work left; for diff: there are differences
 package main
 
 import (
@@ -14,6 +23,7 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+	"text/tabwriter"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -33,6 +43,7 @@ const (
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // from here on a second signal kills
 	code := run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr)
 	stop()
 	os.Exit(code)
@@ -44,7 +55,8 @@ type env struct {
 	stdout, stderr io.Writer
 }
 
-// verb is one word of the command line.
+// verb is one word of the command line. Its run declares the verb's flags on
+// fs, parses args with [parse], and returns the exit code.
 type verb struct {
 	name, args, summary string
 	run                 func(ctx context.Context, e env, fs *flag.FlagSet, args []string) (int, error)
@@ -52,9 +64,23 @@ type verb struct {
 
 func verbs() []verb {
 	return []verb{
-		{"apply", "[--replicas N] [--max-bytes STREAM=SIZE]… [--allow-loss]", "create or update streams and durables", apply},
-		{"diff", "[--replicas N] [--max-bytes STREAM=SIZE]…", "show what apply would change, and change nothing", diff},
+		{"apply", "[--replicas N] [--max-bytes STREAM=SIZE]… [--allow-loss] [--json] [--timeout 30s]", "create or update streams and durables", apply},
+		{"diff", "[--replicas N] [--max-bytes STREAM=SIZE]… [--json] [--timeout 30s]", "show what apply would change, and change nothing; exit code 4 if there is something", diff},
 	}
+}
+
+// parse reads the flags of a verb that takes no further arguments.
+func parse(fs *flag.FlagSet, args []string) error {
+	if err := fs.Parse(args); err != nil {
+		if errors.Is(err, flag.ErrHelp) {
+			return err //nolint:wrapcheck // a word to run
+		}
+		return usageError{err}
+	}
+	if fs.NArg() > 0 {
+		return usageError{fmt.Errorf("unknown argument %q", fs.Arg(0))}
+	}
+	return nil
 }
 
 // usageError is a fault of the command line.
@@ -79,17 +105,18 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 			continue
 		}
 		fs := flag.NewFlagSet(v.name, flag.ContinueOnError)
-		fs.SetOutput(stderr)
-		fs.Usage = func() {
-			fmt.Fprintf(fs.Output(), "streamctl %s %s\n\n%s\n\n", v.name, v.args, v.summary)
-			fs.PrintDefaults()
-		}
+		fs.SetOutput(io.Discard) // run prints what there is to say
 		code, err := v.run(ctx, env{getenv, stdout, stderr}, fs, args[1:])
 		_, badUsage := errors.AsType[usageError](err)
 		switch {
 		case errors.Is(err, flag.ErrHelp):
+			fmt.Fprintf(stdout, "streamctl %s %s\n\n%s\n\n", v.name, v.args, v.summary)
+			printFlags(stdout, fs)
 			return exitDone
-		case badUsage || errors.Is(err, ops.ErrSettings):
+		case badUsage:
+			fmt.Fprintf(stderr, "streamctl %s: %v; see streamctl %s --help\n", v.name, err, v.name)
+			return exitUsage
+		case errors.Is(err, ops.ErrSettings):
 			fmt.Fprintln(stderr, err)
 			return exitUsage
 		case err != nil:
@@ -103,12 +130,25 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	return exitUsage
 }
 
+// printFlags writes flags as a table.
+func printFlags(w io.Writer, fs *flag.FlagSet) {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fs.VisitAll(func(f *flag.Flag) {
+		name, text := flag.UnquoteUsage(f)
+		if f.DefValue != "" && f.DefValue != "false" {
+			text += " (default " + f.DefValue + ")"
+		}
+		fmt.Fprintf(t, "  --%s %s\t%s\n", f.Name, name, text)
+	})
+	t.Flush()
+}
+
 func help(w io.Writer) {
 	fmt.Fprint(w, "streamctl is the operators' tool for the pipeline's streams.\n\n")
 	for _, v := range verbs() {
 		fmt.Fprintf(w, "  streamctl %s %s\n        %s\n", v.name, v.args, v.summary)
 	}
-	fmt.Fprint(w, "\nstreamctl VERB --help lists a verb's flags.\nExit codes: 0 done, 1 failed, 2 usage, 4 stopped with work left (diff: there are differences).\n\nSettings (environment):\n")
+	fmt.Fprint(w, "\nstreamctl VERB --help lists a verb's flags.\nExit codes: 0 done, 1 failed, 2 usage, 3 nothing matched, 4 stopped with work left (diff: there are differences).\n\nSettings (environment):\n")
 	s := ops.NewSettings(func(string) string { return "" })
 	streams.ReadConnectConfig(s, "streamctl")
 	ops.PrintSettings(w, s.Asked())
@@ -122,22 +162,46 @@ func (e env) connect(ctx context.Context) (*streams.Conn, error) {
 	if err := s.Err(); err != nil {
 		return nil, fmt.Errorf("%w:\n%w", ops.ErrSettings, err)
 	}
-	c, err := streams.Connect(cfg, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
+	// A permission the server refuses shows in the log alone.
+	log := slog.New(slog.NewTextHandler(e.stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))
+	c, err := streams.Connect(cfg, log, prometheus.NewRegistry())
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("%w:\n%w", ops.ErrSettings, err)
 	}
-	for tick := time.NewTicker(20 * time.Millisecond); !c.NC.IsConnected(); {
+	err = retry(ctx, func(context.Context) error { return c.Err() })
+	if err != nil {
+		c.Close()
+		return nil, fmt.Errorf("NATS at %s: %w", ops.WithoutPassword(cfg.URL), err)
+	}
+	return c, nil
+}
+
+// retry calls try until it succeeds or ctx is done: servers and their
+// JetStream may be starting up. It returns what try said last.
+func retry(ctx context.Context, try func(context.Context) error) error {
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	var last error
+	for {
+		err := once(ctx, try)
+		if err == nil {
+			return nil
+		}
+		if ctx.Err() == nil || last == nil { // else it only says that time is up
+			last = err
+		}
 		select {
 		case <-ctx.Done():
-			tick.Stop()
-			defer c.Close()
-			err := c.NC.LastError()
-			if err == nil {
-				err = context.Cause(ctx)
-			}
-			return nil, fmt.Errorf("no connection to %s: %w", ops.WithoutPassword(cfg.URL), err)
+			return fmt.Errorf("%w (%w)", last, context.Cause(ctx))
 		case <-tick.C:
 		}
 	}
-	return c, nil
+}
+
+// once bounds one try, so that a request that got lost does not use up the
+// time for all of them.
+func once(ctx context.Context, try func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+	defer cancel()
+	return try(ctx)
 }
