@@ -63,6 +63,7 @@ type pipeline struct {
 
 	apiKey    string
 	ingestURL string
+	logs      io.Writer
 	procs     map[string]*process
 }
 
@@ -84,7 +85,7 @@ func newPipeline(t *testing.T) *pipeline {
 	}
 	p := &pipeline{
 		t: t, nats: streamstest.NewEmptyNATS(t), redis: streamstest.NewRedis(t),
-		sim: fingerprintsim.New(fingerprintsim.Options{Key: "sim"}), procs: map[string]*process{},
+		sim: fingerprintsim.New(fingerprintsim.Options{Key: "sim"}), logs: t.Output(), procs: map[string]*process{},
 	}
 	p.rdb = redisClient(t, p.redis.URL())
 	sim := httptest.NewServer(p.sim)
@@ -134,7 +135,7 @@ func (p *pipeline) start(names ...string) {
 		pr := p.procs[name]
 		cmd := exec.Command(filepath.Join(dir, cmp.Or(pr.binary, name)))
 		cmd.Env = pr.env
-		cmd.Stdout, cmd.Stderr = p.t.Output(), p.t.Output()
+		cmd.Stdout, cmd.Stderr = p.logs, p.logs
 		if err := cmd.Start(); err != nil {
 			p.t.Fatal(err)
 		}
@@ -172,7 +173,11 @@ var client = &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{M
 
 // post hands in one event and returns the status, 0 when there was no answer.
 func (p *pipeline) post(id string) (status int, answer string) {
-	body := fmt.Sprintf(`{"request_id":%q,"subscriber_id":12,"session_id":"s-%s","user_id":"user@example.com"}`, id, id)
+	return p.send(fmt.Sprintf(`{"request_id":%q,"subscriber_id":12,"session_id":"s-%s","user_id":"user@example.com"}`, id, id))
+}
+
+// send posts a body.
+func (p *pipeline) send(body string) (status int, answer string) {
 	req, err := http.NewRequestWithContext(p.t.Context(), http.MethodPost, p.ingestURL+"/fingerprint/ingest", strings.NewReader(body))
 	if err != nil {
 		p.t.Fatal(err)
@@ -450,4 +455,89 @@ func TestServersAwayInTheMiddle(t *testing.T) {
 			t.Errorf("no-nats-%d is %s: an event answered 503 was stored later", i, s)
 		}
 	}
+}
+
+// Promise 7: what is personal is in no log line, metric, subject or dead
+// letter's header, at any log level, and secrets are nowhere.
+func TestPersonalDataStaysInPayloads(t *testing.T) {
+	t.Parallel()
+	p := newPipeline(t)
+	p.apply()
+	var logs lockedBuffer
+	p.logs = &logs
+	names := []string{"ingest", "prefetcher", "persister"}
+	for _, name := range names {
+		p.procs[name].env = append(p.procs[name].env, "LOG_LEVEL=debug")
+	}
+	p.start(names...)
+	p.ready(names...)
+	post := func(id string, subscriber int) {
+		t.Helper()
+		body := fmt.Sprintf(`{"request_id":%q,"subscriber_id":%d,"session_id":"planted-session","user_id":"planted@example.com"}`, id, subscriber)
+		if status, answer := p.send(body); status != http.StatusAccepted {
+			t.Fatalf("%d %s", status, answer)
+		}
+	}
+	p.sim.Script("fine", fingerprintsim.Fault{Status: 404}, fingerprintsim.Fault{Status: 503})
+	post("fine", 12)
+	p.eventually("fine", record.Ready)
+	post("fine", 13) // another subscriber's: a dead letter
+	js := p.nats.Connect("test").JS
+	if _, err := js.Publish(t.Context(), streams.IngestSubject(12), []byte(`{"schema":1,"user_id":"planted@example.com","request_id":"planted-session`)); err != nil {
+		t.Fatal(err)
+	}
+	dead, err := js.Stream(t.Context(), streams.StreamDead)
+	if err != nil {
+		t.Fatal(err)
+	}
+	streamstest.Eventually(t, "two dead letters", func() bool {
+		info, err := dead.Info(t.Context())
+		return err == nil && info.State.Msgs == 2
+	})
+	seen := logs.String()
+	for _, name := range names {
+		resp, err := client.Get("http://" + p.procs[name].ops + "/metrics")
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		seen += string(b)
+	}
+	for seq := uint64(1); seq <= 2; seq++ {
+		m, err := dead.GetMsg(t.Context(), seq)
+		if err != nil {
+			t.Fatal(err)
+		}
+		seen += m.Subject + fmt.Sprint(m.Header)
+	}
+	if !strings.Contains(seen, "message dead-lettered") || !strings.Contains(seen, "fp_stage_events_total") {
+		t.Fatal("nothing was looked at")
+	}
+	for _, planted := range []string{"planted@example.com", "planted-session", p.apiKey, "Bearer", "FINGERPRINT_API_KEY=sim"} {
+		if strings.Contains(seen, planted) {
+			t.Errorf("%q shows up", planted)
+		}
+	}
+}
+
+// lockedBuffer collects what several processes write.
+type lockedBuffer struct {
+	mu  sync.Mutex
+	all strings.Builder
+}
+
+func (b *lockedBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.all.Write(p)
+}
+
+func (b *lockedBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.all.String()
 }

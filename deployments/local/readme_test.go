@@ -2,6 +2,8 @@ package main
 
 import (
 	"os"
+	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -27,6 +29,37 @@ func TestREADMENamesEverySetting(t *testing.T) {
 		}
 		if s.Default != "" && !strings.Contains(string(readme), "`"+shortDuration(s.Default)+"`") {
 			t.Errorf("the README does not give the default of %s, %s", s.Name, s.Default)
+		}
+	}
+}
+
+// The README names no test that does not exist.
+func TestREADMENamesRealTests(t *testing.T) {
+	readme, err := os.ReadFile("../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var tests strings.Builder
+	for _, pattern := range []string{"*_test.go", "../../streams/*_test.go", "../../services/*/*_test.go"} {
+		files, err := filepath.Glob(pattern)
+		if err != nil || len(files) == 0 {
+			t.Fatalf("%s: %d files, %v", pattern, len(files), err)
+		}
+		for _, f := range files {
+			b, err := os.ReadFile(f)
+			if err != nil {
+				t.Fatal(err)
+			}
+			tests.Write(b)
+		}
+	}
+	names := regexp.MustCompile("`(Test[A-Za-z0-9]+)`").FindAllStringSubmatch(string(readme), -1)
+	if len(names) < 10 {
+		t.Fatalf("only %d tests named", len(names))
+	}
+	for _, n := range names {
+		if !strings.Contains(tests.String(), "func "+n[1]+"(") {
+			t.Errorf("there is no %s", n[1])
 		}
 	}
 }
