@@ -41,10 +41,15 @@ type proxy struct {
 	done   sync.WaitGroup
 
 	mu    sync.Mutex
-	gate  *sync.RWMutex // of the connections to come; locked while they hang
+	gates gates // of the connections to come
 	conns []net.Conn
 	thaws []func()
 }
+
+// gates are locked while nothing passes to the server, or from it.
+type gates struct{ to, from *sync.RWMutex }
+
+func newGates() gates { return gates{new(sync.RWMutex), new(sync.RWMutex)} }
 
 func newProxy(t *testing.T, target string) *proxy {
 	t.Helper()
@@ -56,7 +61,7 @@ func newProxy(t *testing.T, target string) *proxy {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &proxy{URL: "nats://" + ln.Addr().String(), target: u.Host, ln: ln, gate: new(sync.RWMutex)}
+	p := &proxy{URL: "nats://" + ln.Addr().String(), target: u.Host, ln: ln, gates: newGates()}
 	p.done.Go(p.accept)
 	t.Cleanup(p.close)
 	return p
@@ -74,11 +79,11 @@ func (p *proxy) accept() {
 			continue
 		}
 		p.mu.Lock()
-		gate := p.gate
+		g := p.gates
 		p.conns = append(p.conns, client, srv)
 		p.mu.Unlock()
-		p.done.Go(func() { forward(gate, srv, client) })
-		p.done.Go(func() { forward(gate, client, srv) })
+		p.done.Go(func() { forward(g.to, srv, client) })
+		p.done.Go(func() { forward(g.from, client, srv) })
 	}
 }
 
@@ -103,11 +108,20 @@ func forward(gate *sync.RWMutex, to, from net.Conn) {
 func (p *proxy) hang() func() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	gate := p.gate
-	gate.Lock()
-	thaw := sync.OnceFunc(gate.Unlock)
+	g := p.gates
+	g.to.Lock()
+	g.from.Lock()
+	thaw := sync.OnceFunc(func() { g.to.Unlock(); g.from.Unlock() })
 	p.thaws = append(p.thaws, thaw)
 	return thaw
+}
+
+// loseAnswers lets everything through to the server and nothing back.
+func (p *proxy) loseAnswers() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.gates.from.Lock()
+	p.thaws = append(p.thaws, p.gates.from.Unlock)
 }
 
 // hangOpen stops the connections that are open now, for good.
@@ -115,18 +129,20 @@ func (p *proxy) hangOpen() {
 	p.hang()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.gate = new(sync.RWMutex)
+	p.gates = newGates()
 }
 
+// close cuts every connection; what hung is lost.
 func (p *proxy) close() {
 	p.ln.Close()
 	p.mu.Lock()
-	for _, thaw := range p.thaws {
-		thaw()
-	}
 	for _, c := range p.conns {
 		c.Close()
 	}
+	for _, thaw := range p.thaws {
+		thaw()
+	}
+	p.thaws = nil
 	p.mu.Unlock()
 	p.done.Wait()
 }

@@ -336,6 +336,31 @@ func TestPublishToAHungServer(t *testing.T) {
 	}
 }
 
+// The message arrives, the ack is lost, and then the connection: that later
+// attempts are refused for certain must not make the first one certain.
+func TestPublishWhoseAckIsLostIsUnsure(t *testing.T) {
+	p := newPublishing(t)
+	px := newProxy(t, p.nats.URL)
+	c, _ := connect(t, streams.ConnectConfig{Name: "publisher", URL: px.URL})
+	streamstest.Eventually(t, "nats connection", c.NC.IsConnected)
+	direct := p.Publisher
+	p.reg = prometheus.NewRegistry()
+	p.Publisher = streams.NewPublisher(c.JS, p.reg)
+
+	px.loseAnswers()
+	answer := make(chan error, 1)
+	go func() {
+		_, err := p.Publish(context.Background(), message("lost ack"))
+		answer <- err
+	}()
+	streamstest.Eventually(t, "the message stored", func() bool { return stored(t, p.conn.JS, streams.StreamIngest)["lost ack"] == 1 })
+	px.close()
+	p.expect(<-answer, streams.ErrUnsure, "unsure")
+	if ack, err := direct.Publish(t.Context(), message("lost ack")); err != nil || !ack.Duplicate {
+		t.Errorf("repeated: %+v, %v", ack, err)
+	}
+}
+
 // The caller's deadline ends a publish earlier.
 func TestPublishKeepsTheCallersDeadline(t *testing.T) {
 	t.Parallel()

@@ -494,7 +494,8 @@ func TestPersonalDataStaysInPayloads(t *testing.T) {
 		info, err := dead.Info(t.Context())
 		return err == nil && info.State.Msgs == 2
 	})
-	seen := logs.String()
+	var seen strings.Builder
+	seen.WriteString(logs.String())
 	for _, name := range names {
 		resp, err := client.Get("http://" + p.procs[name].ops + "/metrics")
 		if err != nil {
@@ -505,20 +506,20 @@ func TestPersonalDataStaysInPayloads(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		seen += string(b)
+		seen.WriteString(string(b))
 	}
 	for seq := uint64(1); seq <= 2; seq++ {
 		m, err := dead.GetMsg(t.Context(), seq)
 		if err != nil {
 			t.Fatal(err)
 		}
-		seen += m.Subject + fmt.Sprint(m.Header)
+		seen.WriteString(m.Subject + fmt.Sprint(m.Header))
 	}
-	if !strings.Contains(seen, "message dead-lettered") || !strings.Contains(seen, "fp_stage_events_total") {
+	if !strings.Contains(seen.String(), "message dead-lettered") || !strings.Contains(seen.String(), "fp_stage_events_total") {
 		t.Fatal("nothing was looked at")
 	}
 	for _, planted := range []string{"planted@example.com", "planted-session", p.apiKey, "Bearer", "FINGERPRINT_API_KEY=sim"} {
-		if strings.Contains(seen, planted) {
+		if strings.Contains(seen.String(), planted) {
 			t.Errorf("%q shows up", planted)
 		}
 	}
