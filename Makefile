@@ -38,7 +38,7 @@ bench: redis-server
 
 # Half a minute for each parser of strangers' bytes.
 fuzz:
-	@set -e; for p in $$(go list -f '{{if .TestGoFiles}}{{.Dir}}{{end}}' work); do \
+	@set -e; for p in $$(go list -f '{{if or .TestGoFiles .XTestGoFiles}}{{.Dir}}{{end}}' work); do \
 		for f in $$(grep -ho '^func Fuzz[A-Za-z0-9]*' $$p/*_test.go 2>/dev/null | cut -c6-); do \
 			echo "$$f in $$p"; go test -run='^$$' -fuzz="^$$f$$" -fuzztime=30s $$p; \
 		done; \

@@ -27,8 +27,8 @@ func RunStage(ctx context.Context, stage string, conn *Conn, pub *Publisher, p *
 		case <-conn.Closed():
 			cancel(ErrClosed)
 		case <-ctx.Done():
-			p.Health.Drain()
 		}
+		p.Health.Drain()
 	})
 	metrics := NewConsumerMetrics(p.Registry)
 	var refs [][2]string
