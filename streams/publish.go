@@ -20,6 +20,9 @@ const (
 	HeaderAcceptedAt = "Fp-Accepted-At"
 	// HeaderReplay carries the id of the replay or redrive that made a copy.
 	HeaderReplay = "Fp-Replay"
+	// HeaderForce, set to "1" on a copy for the prefetcher, asks the vendor
+	// again although a ready record is there.
+	HeaderForce = "Fp-Force"
 	// HeaderTraceParent is the W3C trace context.
 	HeaderTraceParent = "traceparent"
 )

@@ -21,6 +21,7 @@ import (
 
 	"github.com/idenza/fingerprint-prefetch/streams"
 	"github.com/idenza/fingerprint-prefetch/streams/ops"
+	"github.com/idenza/fingerprint-prefetch/streams/redisclient"
 )
 
 // writers is how many batches are written at once: while Redis works on one,
@@ -38,7 +39,7 @@ func Program() ops.Program[Config] {
 // Run persists until ctx is done and what is in hand is written. It starts
 // with any of its servers down.
 func Run(ctx context.Context, cfg Config, p *ops.Process) error {
-	rdb, err := newRedis(cfg.RedisURL)
+	rdb, err := redisclient.New(cfg.RedisURL)
 	if err != nil {
 		return fmt.Errorf("REDIS_URL: %w", err)
 	}

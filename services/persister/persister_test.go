@@ -16,12 +16,13 @@ import (
 	"github.com/idenza/fingerprint-prefetch/streams"
 	"github.com/idenza/fingerprint-prefetch/streams/ops"
 	"github.com/idenza/fingerprint-prefetch/streams/record"
+	"github.com/idenza/fingerprint-prefetch/streams/redisclient"
 	"github.com/idenza/fingerprint-prefetch/streams/streamstest"
 )
 
 func client(t testing.TB, url string) redis.UniversalClient {
 	t.Helper()
-	rdb, err := newRedis(url)
+	rdb, err := redisclient.New(url)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -435,31 +436,6 @@ func TestTrimKeepsTheVendorsBytes(t *testing.T) {
 	for name, in := range map[string]string{"first": `{"raw_device_attributes":1,"a":2}`, "last": `{"a":2,"raw_device_attributes":[]}`} {
 		if got, err := trim([]byte(in), EventLean); err != nil || string(got) != `{"a":2}` {
 			t.Errorf("%s: %s (%v)", name, got, err)
-		}
-	}
-}
-
-func TestRedisURLForms(t *testing.T) {
-	t.Parallel()
-	for url, want := range map[string]string{
-		"redis://:pw@h:6379/2":                             "*redis.Client",
-		"rediss://u:pw@h:6379":                             "*redis.Client",
-		"redis://h:6379?addr=h2:6379":                      "*redis.ClusterClient",
-		"redis://h:26379/0?master_name=main&addr=h2:26379": "*redis.Client",
-		"http://h":                        "",
-		"redis://:secret@h:6379/not-a-db": "",
-		"redis://h:6379?addr=h2:6379&read_timeout=secret-nonsense": "",
-	} {
-		c, err := newRedis(url)
-		got := ""
-		if err == nil {
-			got = fmt.Sprintf("%T", c)
-			c.Close()
-		} else if strings.Contains(err.Error(), "secret") {
-			t.Errorf("%v shows the password", err)
-		}
-		if got != want {
-			t.Errorf("%s: %s (%v), want %s", url, got, err, want)
 		}
 	}
 }
