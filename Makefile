@@ -44,11 +44,12 @@ fuzz:
 		done; \
 	done
 
-# Tests start a redis-server of their own; it is the one thing Go cannot bring.
+# Tests start a redis-server of their own and run the reader of the scorers'
+# page in python3; these two Go cannot bring.
 redis-server:
-	@command -v redis-server >/dev/null || { \
+	@command -v redis-server >/dev/null && command -v python3 >/dev/null || { \
 		if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
-			apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq redis-server; \
+			apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq redis-server python3; \
 		else \
-			echo "The tests need redis-server 7 or later, which cannot be installed from here: install it (Debian: sudo apt-get install redis-server; macOS: brew install redis) and try again." >&2; exit 1; \
+			echo "The tests need redis-server 7 or later and python3, which cannot be installed from here: install them (Debian: sudo apt-get install redis-server python3; macOS: brew install redis python) and try again." >&2; exit 1; \
 		fi; }

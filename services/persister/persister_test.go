@@ -206,7 +206,8 @@ type running struct {
 	proc  *ops.Process
 }
 
-func start(t *testing.T, rds *streamstest.Redis) *running {
+// start runs a persister; settings are further NAME=value.
+func start(t *testing.T, rds *streamstest.Redis, settings ...string) *running {
 	t.Helper()
 	n := streamstest.NewNATS(t)
 	c := n.Connect("test")
@@ -214,9 +215,12 @@ func start(t *testing.T, rds *streamstest.Redis) *running {
 		t: t, nats: n, redis: rds, conn: c, pub: streams.NewPublisher(c.JS, prometheus.NewRegistry()),
 		rdb: client(t, rds.URL()), proc: ops.NewProcessLogger("persister", streamstest.Logger(t)),
 	}
-	cfg := ReadConfig(ops.NewSettings(func(name string) string {
-		return map[string]string{"NATS_URL": n.URL, "REDIS_URL": rds.URL()}[name]
-	}))
+	env := map[string]string{"NATS_URL": n.URL, "REDIS_URL": rds.URL()}
+	for _, s := range settings {
+		name, value, _ := strings.Cut(s, "=")
+		env[name] = value
+	}
+	cfg := ReadConfig(ops.NewSettings(func(name string) string { return env[name] }))
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- Run(ctx, cfg, r.proc) }()
