@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"math/rand/v2"
 	"slices"
 	"strings"
 	"testing"
@@ -108,56 +107,6 @@ func TestGuardDecides(t *testing.T) {
 				t.Errorf("stored %s of %d, want %s of %d (%v)", got.Status, got.SubscriberID, want.Status, want.SubscriberID, err)
 			}
 		})
-	}
-}
-
-// Whatever the order of writes, redelivered and replayed at random, the record
-// that stands is the model's.
-func TestGuardEqualsModelInAnyOrder(t *testing.T) {
-	t.Parallel()
-	rdb := client(t, streamstest.NewRedis(t).URL())
-	s := newStore(rdb, time.Hour)
-	seed := uint64(time.Now().UnixNano())
-	t.Logf("seed %d", seed)
-	rng := rand.New(rand.NewPCG(seed, 1))
-	statuses := []record.Status{record.Pending, record.Ready, record.NotFound, record.Failed}
-	type place struct {
-		ready    bool
-		at       time.Duration
-		terminal bool
-	}
-	larger := func(a, b place) bool { // a over b, strictly
-		if a.ready != b.ready {
-			return a.ready
-		}
-		if a.at != b.at {
-			return a.at > b.at
-		}
-		return a.terminal && !b.terminal
-	}
-	for round := range 300 {
-		id := fmt.Sprint("round-", round)
-		var owner int64
-		var stands place
-		for step := range 1 + rng.IntN(12) {
-			r := rec(id, 1+int64(rng.IntN(2)), statuses[rng.IntN(len(statuses))], time.Duration(rng.IntN(3)))
-			p := place{r.Status == record.Ready, r.AcceptedAt.Sub(base), r.Status.Terminal()}
-			want := written
-			switch {
-			case owner == 0:
-				owner = r.SubscriberID
-			case owner != r.SubscriberID:
-				want = foreign
-			case larger(stands, p):
-				want = superseded
-			}
-			if want == written {
-				stands = p
-			}
-			if got := put(t, s, r); got != want {
-				t.Fatalf("seed %d, round %d, step %d: %s at %v is %s, want %s", seed, round, step, r.Status, p.at, got, want)
-			}
-		}
 	}
 }
 
