@@ -1,0 +1,169 @@
+package streams
+
+import (
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+
+	"github.com/idenza/fingerprint-prefetch/streams/record"
+)
+
+// The NATS users besides the stages, which are called like their service.
+const (
+	UserIngest = "ingest"
+	// UserExporter watches every stream and purges what is finished.
+	UserExporter = "exporter"
+	// UserStreamctl creates streams and durables, replays and erases.
+	UserStreamctl = "streamctl"
+	// UserOperator looks at streams and durables but reads no message, since
+	// messages hold personal data, and changes nothing.
+	UserOperator = "operator"
+)
+
+// Permissions is everything one NATS user may do; the server refuses the rest.
+type Permissions struct {
+	User string
+	// Publish and Subscribe list subjects, wildcards included. Requests to
+	// JetStream and acks are publishes.
+	Publish, Subscribe []string
+}
+
+// AllPermissions returns the permissions of every user, derived from
+// [Definition], so that code and permissions cannot drift apart.
+//
+// A user may subscribe to replies under the inbox prefix that [Connect] gives
+// it, and so cannot read those to others. Nobody may delete a stream.
+func AllPermissions() []Permissions {
+	ingest := Permissions{User: UserIngest, Publish: []string{"$JS.API.STREAM.INFO." + StreamIngest}}
+	prefetcher, persister := Permissions{User: StagePrefetcher}, Permissions{User: StagePersister}
+	exporter := Permissions{
+		User: UserExporter, Publish: []string{"$JS.API.INFO"},
+		// It is a verb of streamctl and shares that command's inbox prefix.
+		Subscribe: []string{inbox(UserStreamctl), "$JS.EVENT.ADVISORY.>"},
+	}
+	admin := Permissions{User: UserStreamctl, Publish: []string{"$JS.API.INFO", "$JS.API.STREAM.NAMES", "$JS.API.STREAM.LIST"}}
+	operator := Permissions{
+		User: UserOperator, Publish: []string{"$JS.API.INFO", "$JS.API.STREAM.NAMES", "$JS.API.STREAM.LIST"},
+		Subscribe: []string{"$JS.EVENT.ADVISORY.>"},
+	}
+
+	for _, d := range Definition(Limits{}) {
+		stream := d.Stream.Name
+		api := func(p *Permissions, verbs ...string) {
+			for _, verb := range verbs {
+				// Most verbs end in the stream's name; those of one durable
+				// or one subject say where it goes.
+				if !strings.Contains(verb, "%s") {
+					verb += ".%s"
+				}
+				p.Publish = append(p.Publish, "$JS.API."+fmt.Sprintf(verb, stream))
+			}
+		}
+		api(&exporter, "STREAM.INFO", "DIRECT.GET")
+		api(&admin, "STREAM.INFO", "STREAM.CREATE", "STREAM.UPDATE", "STREAM.PURGE", "STREAM.MSG.GET", "STREAM.MSG.DELETE", "DIRECT.GET", "DIRECT.GET.%s.>",
+			"CONSUMER.NAMES", "CONSUMER.LIST", "CONSUMER.INFO.%s.*", "CONSUMER.CREATE.%s.>", "CONSUMER.DURABLE.CREATE.%s.*",
+			"CONSUMER.DELETE.%s.*", "CONSUMER.MSG.NEXT.%s.*")
+		api(&operator, "STREAM.INFO", "CONSUMER.NAMES", "CONSUMER.LIST", "CONSUMER.INFO.%s.*")
+		switch stream {
+		case StreamIngest:
+			ingest.Publish = append(ingest.Publish, d.Stream.Subjects...)
+		case StreamEnriched:
+			prefetcher.Publish = append(prefetcher.Publish, d.Stream.Subjects...)
+		case StreamBackfill:
+			admin.Publish = append(admin.Publish, d.Stream.Subjects...)
+		case StreamDead:
+			for _, p := range []*Permissions{&prefetcher, &persister} {
+				p.Publish = append(p.Publish, "fp.dead."+p.User+".*")
+			}
+		}
+		if stream != StreamDead {
+			api(&exporter, "STREAM.PURGE")
+		}
+		for _, c := range d.Durables {
+			stage := &prefetcher
+			if strings.HasPrefix(c.Durable, StagePersister) {
+				stage = &persister
+			}
+			api(stage, "STREAM.INFO", "DIRECT.GET", // lag
+				"CONSUMER.INFO.%s."+c.Durable, "CONSUMER.MSG.NEXT.%s."+c.Durable)
+			stage.Publish = append(stage.Publish,
+				"$JS.ACK."+stream+"."+c.Durable+".>",
+				// The form later servers give ack subjects: domain and account first.
+				"$JS.ACK.*.*."+stream+"."+c.Durable+".>")
+			api(&exporter, "CONSUMER.INFO.%s."+c.Durable)
+		}
+	}
+	all := []Permissions{ingest, prefetcher, persister, exporter, admin, operator}
+	for i := range all {
+		p := &all[i]
+		p.Subscribe = append(p.Subscribe, inbox(p.User))
+		slices.Sort(p.Publish)
+		p.Publish = slices.Compact(p.Publish)
+		slices.Sort(p.Subscribe)
+	}
+	return all
+}
+
+func inbox(name string) string { return "_INBOX_" + name + ".>" }
+
+// WriteNATSUsers writes the authorization block of a nats-server's
+// configuration. The users have no passwords: it belongs beside a tls block
+// with verify_and_map, which takes the user from the client's certificate.
+func WriteNATSUsers(w io.Writer) error {
+	b := &strings.Builder{}
+	list := func(what string, subjects []string) {
+		fmt.Fprintf(b, "        %s: { allow: [\n", what)
+		for _, s := range subjects {
+			fmt.Fprintf(b, "          %q\n", s)
+		}
+		fmt.Fprint(b, "        ] }\n")
+	}
+	fmt.Fprint(b, "authorization {\n  users: [\n")
+	for _, p := range AllPermissions() {
+		fmt.Fprintf(b, "    {\n      user: %q\n      permissions: {\n", p.User)
+		list("publish", p.Publish)
+		list("subscribe", p.Subscribe)
+		fmt.Fprint(b, "      }\n    }\n")
+	}
+	fmt.Fprint(b, "  ]\n}\n")
+	if _, err := io.WriteString(w, b.String()); err != nil {
+		return fmt.Errorf("write nats users: %w", err)
+	}
+	return nil
+}
+
+// The Redis users.
+const (
+	RedisUserPersister = StagePersister
+	RedisUserScorer    = "scorer"
+)
+
+// redisRights are the commands of each Redis user on the records' keys.
+var redisRights = []struct{ user, keys, commands string }{
+	{RedisUserPersister, "~", "+auth +hello +ping +eval +evalsha +getrange +set"},
+	{RedisUserScorer, "%R~", "+auth +hello +ping +get +mget"},
+}
+
+// WriteRedisACL writes an ACL file for a single Redis 7 server or one with
+// replicas. hashes holds the SHA-256 of each user's passwords in hexadecimal;
+// two at a time make a rotation without a gap. Every user of the pipeline
+// needs at least one; the default user is off.
+func WriteRedisACL(w io.Writer, hashes map[string][]string) error {
+	b := &strings.Builder{}
+	b.WriteString("user default off resetkeys resetchannels -@all\n")
+	for _, r := range redisRights {
+		if len(hashes[r.user]) == 0 {
+			return fmt.Errorf("redis user %s has no password", r.user)
+		}
+		fmt.Fprintf(b, "user %s on", r.user)
+		for _, h := range hashes[r.user] {
+			fmt.Fprintf(b, " #%s", h)
+		}
+		fmt.Fprintf(b, " resetkeys resetchannels %s%s* -@all %s\n", r.keys, record.KeyPrefix, r.commands)
+	}
+	if _, err := io.WriteString(w, b.String()); err != nil {
+		return fmt.Errorf("write redis acl: %w", err)
+	}
+	return nil
+}
