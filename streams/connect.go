@@ -60,7 +60,8 @@ type Conn struct {
 // servers do, and one that accepts and says nothing costs two seconds. It fails only on a configuration that can never work.
 //
 // What the options are for:
-//   - a hung server is noticed by pings within 6 s (the default takes 4 min);
+//   - a hung server is noticed by pings within 6 s (the default takes 4 min),
+//     and a full socket to it within 2 s (a minute), as no ping gets past that;
 //   - nothing is buffered while disconnected: a publish the caller was told
 //     had failed must not be stored later;
 //   - failed authentication is retried for ever, else a rotated password
@@ -76,6 +77,8 @@ func Connect(cfg ConnectConfig, log *slog.Logger, reg prometheus.Registerer) (*C
 		nats.Timeout(2 * time.Second),
 		nats.PingInterval(2 * time.Second),
 		nats.MaxPingsOutstanding(2),
+		nats.FlusherTimeout(2 * time.Second),
+		nats.ReconnectOnFlusherError(),
 		nats.MaxReconnects(-1),
 		nats.ReconnectWait(100 * time.Millisecond),
 		nats.ReconnectJitter(100*time.Millisecond, 400*time.Millisecond),

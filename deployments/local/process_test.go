@@ -37,7 +37,8 @@ var build = sync.OnceValues(func() (dir string, err error) {
 	}
 	const prefix = "github.com/idenza/fingerprint-prefetch/"
 	cmd := exec.Command("go", "build", "-o", dir+"/",
-		prefix+"services/ingest/cmd/ingest", prefix+"services/prefetcher/cmd/prefetcher", prefix+"services/persister/cmd/persister", prefix+"streams/cmd/streamctl")
+		prefix+"services/ingest/cmd/ingest", prefix+"services/prefetcher/cmd/prefetcher", prefix+"services/persister/cmd/persister", prefix+"streams/cmd/streamctl",
+		"github.com/nats-io/nats-server/v2")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("build: %w\n%s", err, out)
 	}

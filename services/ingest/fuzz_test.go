@@ -145,7 +145,7 @@ func FuzzHandler(f *testing.F) {
 				if !slices.Contains([]int{400, 417, 431, 501, 505}, a.StatusCode) {
 					t.Fatalf("net/http: %s %s", a.Status, a.body)
 				}
-				continue
+				break // the last one, and with a body even for HEAD
 			}
 			checkAnswer(t, texts, a, r != nil && r.Method == http.MethodHead)
 			if a.StatusCode != 202 && !strings.Contains(a.body, errStream.text) {

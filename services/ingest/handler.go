@@ -3,9 +3,11 @@ package ingest
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"mime"
 	"net/http"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -86,7 +88,9 @@ func (s *server) ingest(c echo.Context) error {
 		return err
 	}
 	ack, err := s.publish(r, event)
-	if err != nil {
+	if _, bug := err.(panicError); bug {
+		return err
+	} else if err != nil {
 		return errStream.because(err)
 	}
 	x.outcome = accepted
@@ -170,17 +174,50 @@ func readBody(dst []byte, w http.ResponseWriter, r *http.Request) ([]byte, error
 
 // publish stores an event. It does not stop when the client goes away: the
 // message may be on its way, and whether it was stored should be counted.
+//
+// Nor does it wait longer than the publish timeout for a publisher that does:
+// while a hung server's socket is full, NATS's client waits in a write, and
+// with it everybody who wants to publish, whatever their contexts say. Such a
+// message keeps its place among those in flight until it is let go, so that
+// memory stays bounded.
 func (s *server) publish(r *http.Request, e streams.Event) (streams.Ack, error) {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), s.publishTimeout)
-	defer cancel()
 	const around = 96 // names and digits around the texts
-	return s.publisher.Publish(ctx, streams.Message{
+	m := streams.Message{
 		Stream:      streams.StreamIngest,
 		Subject:     streams.IngestSubject(e.SubscriberID),
 		ID:          e.MessageID(),
 		TraceParent: traceParent(r.Header["Traceparent"]),
 		Body:        appendEvent(make([]byte, 0, around+len(e.RequestID)+len(e.SessionID)+len(e.UserID)), e),
-	})
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), s.publishTimeout)
+	defer cancel()
+	done := make(chan publishResult, 1)
+	go func() {
+		var p publishResult
+		defer func() {
+			if v := recover(); v != nil {
+				p.err = panicError{v, debug.Stack()}
+			}
+			done <- p
+		}()
+		p.ack, p.err = s.publisher.Publish(ctx, m)
+	}()
+	select {
+	case p := <-done:
+		return p.ack, p.err
+	case <-ctx.Done():
+	}
+	s.inflight.Add(1)
+	go func() {
+		<-done
+		s.inflight.Add(-1)
+	}()
+	return streams.Ack{}, fmt.Errorf("%w: the publish timeout is over", streams.ErrUnsure)
+}
+
+type publishResult struct {
+	ack streams.Ack
+	err error
 }
 
 // traceParent returns a W3C trace context worth passing on, or "". It goes

@@ -399,6 +399,35 @@ func TestPublishTimeout(t *testing.T) {
 	})
 }
 
+// TestPublishThatDoesNotReturn: as above when the publisher cannot be stopped.
+// Until it lets go of them, its messages count as requests in flight.
+func TestPublishThatDoesNotReturn(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		stuck := make(chan struct{})
+		e := newEdge(t, func(context.Context, streams.Message) (streams.Ack, error) {
+			<-stuck
+			return streams.Ack{}, nil
+		})
+		e.maxInflight = 2
+		for i, want := range []struct {
+			took time.Duration
+			text string
+		}{{1500 * time.Millisecond, errStream.text}, {1500 * time.Millisecond, errStream.text}, {0, errOverload.text}} {
+			start := time.Now()
+			w := serve(e, request(t, "edge", e.acme, typicalBody))
+			if took := time.Since(start); w.Code != 503 || took != want.took || !strings.Contains(w.Body.String(), want.text) {
+				t.Errorf("request %d: %d after %v: %s", i, w.Code, took, w.Body)
+			}
+		}
+		close(stuck)
+		synctest.Wait()
+		if w := serve(e, request(t, "edge", e.acme, typicalBody)); w.Code != 202 {
+			t.Errorf("%d %s", w.Code, w.Body)
+		}
+	})
+}
+
 func TestPublishOutlivesTheClient(t *testing.T) {
 	t.Parallel()
 	ctx, cancel := context.WithCancel(t.Context())
