@@ -113,6 +113,8 @@ type runner struct {
 	suspects []*Delivery
 	parked   parking
 	unacked  []*Delivery
+	pending  uint64 // how many wait in the stream, by the latest delivery
+	newest   uint64 // highest sequence delivered
 	settled  map[uint64]struct{}
 	ring     [settledMemory]uint64
 	ringNext int

@@ -33,6 +33,7 @@ func (r *runner) dispatch(ctx context.Context, now time.Time) {
 		}
 		for _, d := range batch {
 			d.Deliveries = d.delivered
+			d.NewerWait = r.pending > 0 || r.newest > d.Sequence && len(r.held) > len(batch)
 			if d.Looks == 0 {
 				d.FirstLook = now
 			}
@@ -150,7 +151,10 @@ func (r *runner) settle(res result) {
 		r.startHold(now, res, holding)
 	case r.hold.number == 0:
 		r.allowed = min(2*r.allowed, r.Concurrency)
-	case res.hold == r.hold.number:
+	case res.hold != r.hold.number:
+	case res.decisions[0].moved: // the next probe follows at once
+		r.hold.probing = false
+	default:
 		r.endHold(now)
 	}
 }

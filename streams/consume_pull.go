@@ -104,6 +104,7 @@ func (r *runner) receive(msg jetstream.Msg, open bool) {
 	}
 	seq, now := md.Sequence.Stream, time.Now()
 	r.metrics.received.Inc()
+	r.pending, r.newest = md.NumPending, max(r.newest, seq)
 	if md.NumDelivered > 1 {
 		r.metrics.redelivered.Inc()
 		r.log.Debug("message delivered again", "seq", seq, "deliveries", md.NumDelivered)

@@ -33,6 +33,7 @@ type Decision struct {
 	reason DeadReason
 	cause  Cause
 	err    error
+	moved  bool
 }
 
 type kind int
@@ -47,6 +48,11 @@ const (
 
 // Done acknowledges the message: its effect is stored downstream.
 func Done() Decision { return Decision{kind: done} }
+
+// Moved acknowledges a message of which a copy is stored in another stream. It
+// is settled like Done, but says nothing about what the stage holds for: a
+// stage that holds can still be emptied of what is better served elsewhere.
+func Moved() Decision { return Decision{kind: done, moved: true} }
 
 // RetryAfter looks at this message again after d. It stays in memory with its
 // ack timer kept alive, so it neither comes back before newer events nor
@@ -98,6 +104,9 @@ type Delivery struct {
 	// AcceptedAt is when FP_INGEST stored the original event, also for a
 	// copy of it.
 	AcceptedAt time.Time
+	// NewerWait says that newer messages wait behind this one, here or in the
+	// stream, as far as this process knows.
+	NewerWait bool
 	// Replay is the id of the replay that made this copy; empty for live.
 	Replay string
 	// Looks is how often the handler saw the message before, in this
@@ -171,7 +180,10 @@ func (d *Delivery) CopyHeader() nats.Header {
 }
 
 // IsDone reports whether d is Done.
-func (d Decision) IsDone() bool { return d.kind == done }
+func (d Decision) IsDone() bool { return d.kind == done && !d.moved }
+
+// IsMoved reports whether d is Moved.
+func (d Decision) IsMoved() bool { return d.moved }
 
 // Again returns the delay of a RetryAfter, and whether d is one.
 func (d Decision) Again() (time.Duration, bool) { return d.after, d.kind == retryAfter }

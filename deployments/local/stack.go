@@ -80,7 +80,7 @@ func start(ctx context.Context, o options, getenv func(string) string, logs io.W
 			return nil, err
 		}
 		env["FINGERPRINT_BASE_URL"], env["FINGERPRINT_API_KEY"] = s.simURL, "sim"
-		env["FINGERPRINT_RATE_LIMIT"] = "0"
+		env["FINGERPRINT_RATE_LIMIT"], env["FINGERPRINT_RETENTION"] = "0", "0s" // the simulator knows every id
 	}
 	if env["INGEST_API_KEYS_FILE"], err = s.makeKey(dir); err != nil {
 		return nil, err

@@ -5,7 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"strconv"
+	"strings"
 	"time"
+
+	"golang.org/x/sync/singleflight"
 
 	"github.com/idenza/fingerprint-prefetch/streams"
 	"github.com/idenza/fingerprint-prefetch/streams/record"
@@ -48,13 +52,24 @@ type publisher interface {
 	Publish(ctx context.Context, m streams.Message) (streams.Ack, error)
 }
 
+// recordGetter returns the record of a request id, nil when there is none or it
+// cannot be had.
+type recordGetter interface {
+	Record(ctx context.Context, id string) *record.Record
+}
+
 // handler decides about accepted events.
 type handler struct {
 	vendor    eventGetter
 	publisher publisher
+	records   recordGetter // nil without Redis
 	quota     *quota
 	breaker   breaker
+	places    places
+	flights   singleflight.Group // calls under way, by request id
 	maxAge    time.Duration
+	fresh     time.Duration // age from which a live event makes way for newer ones
+	retention time.Duration // of the vendor's events; 0 is unlimited
 	now       func() time.Time
 	metrics   *metrics
 }
@@ -90,11 +105,50 @@ func (h *handler) handle(ctx context.Context, d *streams.Delivery) streams.Decis
 		d.Memo = l
 	}
 	if l.end == nil {
+		if d.Mode() == "live" {
+			crowded := h.places.enter(e.SubscriberID)
+			defer h.places.leave(e.SubscriberID)
+			if dec, settled := h.makeWay(ctx, d, e, l, crowded); settled {
+				return dec
+			}
+		}
 		if dec, done := h.ask(ctx, d, e, l); !done {
 			return dec
 		}
 	}
 	return h.conclude(ctx, d, l)
+}
+
+// makeWay moves a live event to FP_BACKFILL when newer ones wait behind it and
+// it is too old to go before them, or its subscriber has taken half of the
+// places. It returns true when the event is settled by that.
+func (h *handler) makeWay(ctx context.Context, d *streams.Delivery, e streams.Event, l *look, crowded bool) (streams.Decision, bool) {
+	age := h.now().Sub(d.AcceptedAt)
+	old := age > h.fresh
+	switch {
+	case !d.NewerWait || !old && !crowded:
+		return streams.Decision{}, false
+	case l.notFound > 0 || age > h.maxAge || d.Poison():
+		// Its looks would start anew, or it ends here and now anyway.
+		return streams.Decision{}, false
+	}
+	m := streams.Message{
+		Stream: streams.StreamBackfill, Subject: streams.BackfillSubject(streams.StagePrefetcher, e.SubscriberID),
+		ID:          streams.DerivedMessageID(streams.NewRecord(e, d.AcceptedAt, record.Pending, ""), ""),
+		TraceParent: d.Header.Get(streams.HeaderTraceParent), Header: d.CopyHeader(), Body: d.Data,
+	}
+	switch _, err := h.publisher.Publish(context.WithoutCancel(ctx), m); {
+	case errors.Is(err, streams.ErrStreamFull):
+		return streams.Decision{}, false // nowhere to go: then in its turn
+	case err != nil:
+		return streams.Hold(streams.CauseNATS, err), true
+	}
+	reason := "old"
+	if !old {
+		reason = "crowded"
+	}
+	h.metrics.moved.WithLabelValues(reason).Inc()
+	return streams.Moved(), true
 }
 
 // ask makes a call unless the event is past it, and either sets l.end and
@@ -121,18 +175,26 @@ func (h *handler) ask(ctx context.Context, d *streams.Delivery, e streams.Event,
 		return end(record.Failed, l.reason)
 	}
 
-	start := h.now()
-	if err := h.quota.wait(ctx, callPriority(d, l)); err != nil {
-		return streams.RetryAfter(0, err), false
+	if d.Mode() == "backfill" && l.attempts == 0 && h.isReady(ctx, d, e) {
+		h.metrics.skipped.WithLabelValues("ready").Inc()
+		return streams.Done(), false
 	}
-	asked := h.now()
-	h.metrics.wait.Observe(asked.Sub(start).Seconds())
-	// Once begun, a call is finished even when the process stops: it is paid
-	// for, and has a time limit of its own.
-	a := h.vendor.Event(context.WithoutCancel(ctx), e.RequestID)
+	if h.retention > 0 {
+		if made, ok := madeAt(e.RequestID); ok && h.now().Sub(made) > h.retention {
+			h.metrics.skipped.WithLabelValues("retention").Inc()
+			return end(record.NotFound, record.EventNotFound)
+		}
+	}
+
+	a, later, err := h.call(ctx, callPriority(d, l), e)
+	switch {
+	case err != nil:
+		return streams.RetryAfter(0, err), false
+	case later > 0:
+		return streams.RetryAfter(later, errNoToken), false
+	}
 	l.attempts++
 	l.fetchedAt = h.now()
-	h.metrics.call(a.Outcome, l.fetchedAt.Sub(asked))
 
 	switch a.Outcome {
 	case Found:
@@ -159,7 +221,7 @@ func (h *handler) ask(ctx context.Context, d *streams.Delivery, e streams.Event,
 		if pause == 0 {
 			pause = throttlePause
 		}
-		h.quota.pause(pause)
+		h.quota.pause(ctx, pause)
 		l.reason = record.UpstreamUnavailable
 		return streams.RetryAfter(0, a.Err), false
 	case Misconfigured:
@@ -180,6 +242,73 @@ func (h *handler) ask(ctx context.Context, d *streams.Delivery, e streams.Event,
 	}
 	l.failures++
 	return streams.RetryAfter(backoff(l.failures), a.Err), false
+}
+
+// isReady reports whether what a copy asks for is there already.
+func (h *handler) isReady(ctx context.Context, d *streams.Delivery, e streams.Event) bool {
+	if h.records == nil || d.Header.Get(streams.HeaderForce) == "1" {
+		return false
+	}
+	r := h.records.Record(ctx, e.RequestID)
+	return r != nil && r.Status == record.Ready && r.SubscriberID == e.SubscriberID && !r.AcceptedAt.Before(d.AcceptedAt)
+}
+
+var errNoToken = errors.New("no call to spare for a later look")
+
+// call makes a call when the quota allows it. An id that is being asked for
+// already is not asked for twice. A later look does not wait for its token,
+// since it would keep a first one from its place: later then says when to come
+// again.
+func (h *handler) call(ctx context.Context, p priority, e streams.Event) (a Answer, later time.Duration, err error) {
+	type flown struct {
+		answer Answer
+		later  time.Duration
+	}
+	lane := "live "
+	if p == backfill { // nothing live waits for its token
+		lane = "backfill "
+	}
+	mine := false
+	v, err, _ := h.flights.Do(lane+e.RequestID, func() (any, error) {
+		mine = true
+		start := h.now()
+		if p == laterLook {
+			if d := h.quota.try(ctx, p); d > 0 {
+				return flown{later: d + rand.N(d)}, nil
+			}
+		} else if err := h.quota.wait(ctx, p, e.SubscriberID); err != nil {
+			return flown{}, err
+		}
+		asked := h.now()
+		h.metrics.wait.Observe(asked.Sub(start).Seconds())
+		// Once begun, a call is finished even when the process stops: it
+		// is paid for, and has a time limit of its own.
+		a := h.vendor.Event(context.WithoutCancel(ctx), e.RequestID)
+		h.metrics.call(a.Outcome, h.now().Sub(asked))
+		return flown{answer: a}, nil
+	})
+	if err != nil {
+		return Answer{}, 0, err
+	}
+	f := v.(flown)
+	if !mine && f.later == 0 {
+		h.metrics.coalesced.Inc()
+	}
+	return f.answer, f.later, nil
+}
+
+// madeAt reads the time from an id of the vendor's own form: 13 digits of Unix
+// milliseconds, a dot and six alphanumerics.
+func madeAt(id string) (time.Time, bool) {
+	ms, rest, _ := strings.Cut(id, ".")
+	if len(ms) != 13 || len(rest) != 6 || strings.ContainsAny(rest, "._-") {
+		return time.Time{}, false
+	}
+	n, err := strconv.ParseUint(ms, 10, 63)
+	if err != nil {
+		return time.Time{}, false
+	}
+	return time.UnixMilli(int64(n)), true
 }
 
 func callPriority(d *streams.Delivery, l *look) priority {

@@ -51,9 +51,9 @@ func (o *outbox) records(t *testing.T) []record.Record {
 
 func newHandler(v eventGetter) (*handler, *outbox) {
 	o := &outbox{}
-	q := newQuota(0, time.Now)
+	q := newQuota(newLocalBucket(0, time.Now), true)
 	return &handler{
-		vendor: v, publisher: o, quota: q, maxAge: 23 * time.Hour, now: time.Now,
+		vendor: v, publisher: o, quota: q, maxAge: 23 * time.Hour, fresh: time.Minute, retention: 720 * time.Hour, now: time.Now,
 		metrics: newMetrics(prometheus.NewRegistry(), q),
 	}, o
 }

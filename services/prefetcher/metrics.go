@@ -10,10 +10,13 @@ import (
 )
 
 type metrics struct {
-	calls    *prometheus.CounterVec
-	duration *prometheus.HistogramVec
-	wait     prometheus.Histogram
-	results  *prometheus.CounterVec
+	calls     *prometheus.CounterVec
+	duration  *prometheus.HistogramVec
+	wait      prometheus.Histogram
+	results   *prometheus.CounterVec
+	moved     *prometheus.CounterVec
+	skipped   *prometheus.CounterVec
+	coalesced prometheus.Counter
 }
 
 // vendorBuckets fit calls over the internet that are cut off at 5 s.
@@ -38,10 +41,38 @@ func newMetrics(reg prometheus.Registerer, q *quota) *metrics {
 		results: f.NewCounterVec(prometheus.CounterOpts{
 			Name: "fp_prefetch_results_total", Help: "Events that reached their end here, by status and reason.",
 		}, []string{"status", "reason"}),
+		moved: f.NewCounterVec(prometheus.CounterOpts{
+			Name: "fp_prefetch_moved_total", Help: "Live events moved to FP_BACKFILL to let others go first: old, or crowded (their subscriber had half of the places).",
+		}, []string{"reason"}),
+		skipped: f.NewCounterVec(prometheus.CounterOpts{
+			Name: "fp_prefetch_skipped_total", Help: "Events that needed no call: their record is ready, or the vendor's retention is over.",
+		}, []string{"reason"}),
+		coalesced: f.NewCounter(prometheus.CounterOpts{
+			Name: "fp_prefetch_coalesced_total", Help: "Looks answered by a call under way for the same id.",
+		}),
+	}
+	for _, reason := range []string{"old", "crowded"} {
+		m.moved.WithLabelValues(reason)
+	}
+	for _, reason := range []string{"ready", "retention"} {
+		m.skipped.WithLabelValues(reason)
+	}
+	for p, name := range map[priority]string{firstLook: "first_look", backfill: "backfill"} {
+		f.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "fp_prefetch_quota_waiting", Help: "Events that wait for a call.", ConstLabels: prometheus.Labels{"priority": name},
+		}, func() float64 { return q.waiters(p) })
 	}
 	f.NewGaugeFunc(prometheus.GaugeOpts{
-		Name: "fp_prefetch_quota_tokens", Help: "Calls that may be made at once now.",
-	}, q.available)
+		Name: "fp_prefetch_quota_tokens", Help: "Calls that may be made at once now; of the whole fleet while fp_prefetch_quota_shared is 1.",
+	}, q.bucket.available)
+	f.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "fp_prefetch_quota_shared", Help: "1 while the quota is one bucket for all replicas, in Redis; 0 while this replica keeps to its share.",
+	}, func() float64 {
+		if b, ok := q.bucket.(*fleetBucket); ok && b.shared() {
+			return 1
+		}
+		return 0
+	})
 	for o := Found; o <= Malformed; o++ {
 		m.calls.WithLabelValues(o.String())
 	}

@@ -12,10 +12,16 @@ package prefetcher
 
 import (
 	"context"
+	"fmt"
+	"sync"
 	"time"
+
+	"github.com/redis/go-redis/v9"
 
 	"github.com/idenza/fingerprint-prefetch/streams"
 	"github.com/idenza/fingerprint-prefetch/streams/ops"
+	"github.com/idenza/fingerprint-prefetch/streams/record"
+	"github.com/idenza/fingerprint-prefetch/streams/redisclient"
 )
 
 // Program is the command of this service.
@@ -37,15 +43,44 @@ func Run(ctx context.Context, cfg Config, p *ops.Process) error {
 	if cfg.APIKey() == "" {
 		p.Log.Warn("FINGERPRINT_API_KEY is not set; the vendor will refuse every call")
 	}
-
-	share := cfg.RateLimit / float64(cfg.Replicas)
-	q := newQuota(share, time.Now)
-	pub := streams.NewPublisher(conn.JS, p.Registry)
 	key := func() string { return string(cfg.APIKey()) }
+	vendor := NewFingerprint(cfg.BaseURL, key, cfg.Timeout, cfg.Concurrency)
+	return run(ctx, cfg, p, conn, vendor, streams.NewPublisher(conn.JS, p.Registry))
+}
+
+// run is Run behind its connections.
+func run(ctx context.Context, cfg Config, p *ops.Process, conn *streams.Conn, vendor eventGetter, pub *streams.Publisher) error {
 	h := &handler{
-		vendor:    NewFingerprint(cfg.BaseURL, key, cfg.Timeout, cfg.Concurrency),
-		publisher: pub, quota: q, maxAge: cfg.MaxAge, now: time.Now, metrics: newMetrics(p.Registry, q),
+		vendor: vendor, publisher: pub, maxAge: cfg.MaxAge, fresh: cfg.FreshWithin, retention: cfg.Retention, now: time.Now,
 	}
+	share := cfg.RateLimit / float64(cfg.Replicas)
+	local := newLocalBucket(share, time.Now)
+	h.quota = newQuota(local, cfg.RateLimit == 0)
+	watch := func(context.Context) {}
+	if cfg.RedisURL != "" {
+		rdb, err := redisclient.New(cfg.RedisURL)
+		if err != nil {
+			return fmt.Errorf("REDIS_URL: %w", err)
+		}
+		defer rdb.Close()
+		h.records = redisRecords{rdb}
+		if cfg.RateLimit > 0 {
+			fleet := newFleetBucket(rdb, cfg.RateLimit, local, p.Log)
+			h.quota, watch = newQuota(fleet, false), fleet.run
+		}
+	}
+	if cfg.RateLimit > 0 { // without a limit there is nothing to share out
+		h.places.half = max(cfg.Concurrency/2, 1)
+	}
+	h.metrics = newMetrics(p.Registry, h.quota)
+
+	ctx, cancel := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	wg.Go(func() { watch(ctx) })
+	wg.Go(func() { h.quota.run(ctx) })
+	defer wg.Wait()
+	defer cancel()
+
 	work := func(stream, durable string) streams.Work {
 		return streams.Work{Handle: streams.Each(h.handle), Consumer: streams.Consumer{
 			Stream: stream, Durable: durable, Concurrency: cfg.Concurrency,
@@ -56,6 +91,23 @@ func Run(ctx context.Context, cfg Config, p *ops.Process) error {
 		work(streams.StreamIngest, streams.DurablePrefetcher),
 		work(streams.StreamBackfill, streams.DurablePrefetcherBackfill),
 	)
+}
+
+// redisRecords reads records where the persister writes them.
+type redisRecords struct{ rdb redis.Cmdable }
+
+// Record implements recordGetter. Trouble counts as no record: asking the
+// vendor once too often is better than not at all.
+func (r redisRecords) Record(ctx context.Context, id string) *record.Record {
+	b, err := r.rdb.Get(ctx, record.Key(id)).Bytes()
+	if err != nil {
+		return nil
+	}
+	rec, err := record.Decode(b)
+	if err != nil {
+		return nil
+	}
+	return &rec
 }
 
 // window is how many events are held at once: what the handlers can have in

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
@@ -30,6 +31,8 @@ type running struct {
 	proc *ops.Process
 	stop func() error
 
+	settings map[string]string
+
 	read uint64 // of FP_ENRICHED
 	ends map[string]record.Record
 }
@@ -48,38 +51,43 @@ func start(t *testing.T, o fingerprintsim.Options, env map[string]string) *runni
 	settings := map[string]string{
 		"NATS_URL": n.URL, "FINGERPRINT_BASE_URL": srv.URL, "FINGERPRINT_API_KEY": "key", "FINGERPRINT_RATE_LIMIT": "0", "FINGERPRINT_TIMEOUT": "1s",
 	}
-	for k, v := range env {
-		settings[k] = v
-		if v == "" {
-			delete(settings, k)
-		}
-	}
-	s := ops.NewSettings(func(name string) string { return settings[name] })
-	cfg := ReadConfig(s)
-	if err := s.Err(); err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() { done <- Run(ctx, cfg, r.proc) }()
-	r.stop = sync.OnceValue(func() error { cancel(); return <-done })
-	t.Cleanup(func() {
-		if err := r.stop(); err != nil {
-			t.Error(err)
-		}
-	})
+	maps.Copy(settings, env)
+	r.settings = settings
+	r.stop = r.replica(r.proc)
 	return r
 }
 
-func (r *running) accept(ids ...string) {
+// replica starts a prefetcher and returns what stops it.
+func (r *running) replica(proc *ops.Process) (stop func() error) {
+	r.t.Helper()
+	s := ops.NewSettings(func(name string) string { return r.settings[name] })
+	cfg := ReadConfig(s)
+	if err := s.Err(); err != nil {
+		r.t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- Run(ctx, cfg, proc) }()
+	stop = sync.OnceValue(func() error { cancel(); return <-done })
+	r.t.Cleanup(func() {
+		if err := stop(); err != nil {
+			r.t.Error(err)
+		}
+	})
+	return stop
+}
+
+func (r *running) accept(ids ...string) { r.acceptFrom(12, ids...) }
+
+func (r *running) acceptFrom(subscriber int64, ids ...string) {
 	r.t.Helper()
 	for _, id := range ids {
-		e := streams.Event{Schema: 1, RequestID: id, SubscriberID: 12, SessionID: "s", UserID: "u"}
+		e := streams.Event{Schema: 1, RequestID: id, SubscriberID: subscriber, SessionID: "s", UserID: "u"}
 		body, err := json.Marshal(e)
 		if err != nil {
 			r.t.Fatal(err)
 		}
-		if _, err := r.pub.Publish(r.t.Context(), streams.Message{Stream: streams.StreamIngest, Subject: streams.IngestSubject(12), ID: e.MessageID(), Body: body}); err != nil {
+		if _, err := r.pub.Publish(r.t.Context(), streams.Message{Stream: streams.StreamIngest, Subject: streams.IngestSubject(subscriber), ID: e.MessageID(), Body: body}); err != nil {
 			r.t.Fatal(err)
 		}
 	}

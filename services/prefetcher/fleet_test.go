@@ -1,0 +1,120 @@
+package prefetcher
+
+import (
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/idenza/fingerprint-prefetch/services/prefetcher/fingerprintsim"
+	"github.com/idenza/fingerprint-prefetch/streams/ops"
+	"github.com/idenza/fingerprint-prefetch/streams/record"
+	"github.com/idenza/fingerprint-prefetch/streams/redisclient"
+	"github.com/idenza/fingerprint-prefetch/streams/streamstest"
+)
+
+func fleet(t *testing.T, r *streamstest.Redis, rate, share float64) *fleetBucket {
+	t.Helper()
+	rdb, err := redisclient.New(r.URL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { rdb.Close() })
+	return newFleetBucket(rdb, rate, newLocalBucket(share, time.Now), streamstest.Logger(t))
+}
+
+func TestFleetBucketIsOneForAll(t *testing.T) {
+	t.Parallel()
+	const rate = 200
+	r := streamstest.NewRedis(t)
+	start := time.Now()
+	var calls atomic.Int64
+	var wg sync.WaitGroup
+	for range 3 {
+		b := fleet(t, r, rate, rate/3)
+		wg.Go(func() {
+			for time.Since(start) < 2*time.Second {
+				got, wait := b.take(t.Context(), firstLook, 3)
+				calls.Add(int64(got))
+				if got < 3 {
+					time.Sleep(wait)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	// A second's worth at the start, then the rate.
+	if n, most := float64(calls.Load()), rate+rate*time.Since(start).Seconds()+1; n > most || n < 2*rate {
+		t.Errorf("%v calls, want at most %v and hardly less", n, most)
+	}
+	b := fleet(t, r, rate, rate/3)
+	if n, _ := b.take(t.Context(), backfill, 100); n != 0 {
+		t.Errorf("%d calls for a backfill out of a drained bucket", n)
+	}
+}
+
+func TestFleetPauseStopsAllReplicas(t *testing.T) {
+	t.Parallel()
+	r := streamstest.NewRedis(t)
+	a, b := fleet(t, r, 1000, 1), fleet(t, r, 1000, 1)
+	a.pause(t.Context(), time.Minute)
+	a.pause(t.Context(), time.Second)
+	if got, wait := b.take(t.Context(), firstLook, 1); got != 0 || wait < 55*time.Second {
+		t.Errorf("%d calls of another replica in a pause, next in %v", got, wait)
+	}
+}
+
+// With Redis away a replica neither stalls nor runs free.
+func TestFleetFallsBackToItsShare(t *testing.T) {
+	t.Parallel()
+	r := streamstest.NewRedis(t)
+	b := fleet(t, r, 100, 10)
+	go b.run(t.Context())
+	if got, _ := b.take(t.Context(), firstLook, 1); got != 1 || !b.shared() {
+		t.Fatal("no call out of a new bucket")
+	}
+	for name, fault := range map[string]struct{ begin, end func() }{
+		"frozen": {r.Freeze, r.Thaw}, "killed": {r.Kill, r.Start},
+	} {
+		fault.begin()
+		start, calls := time.Now(), 0
+		for calls < 5 {
+			got, wait := b.take(t.Context(), firstLook, 1)
+			if calls += got; got == 0 {
+				time.Sleep(wait)
+			}
+		}
+		took := time.Since(start)
+		if b.shared() || took < 300*time.Millisecond { // 10/s from an empty bucket
+			t.Errorf("%s: 5 calls in %v, shared %v", name, took, b.shared())
+		}
+		fault.end()
+		streamstest.Eventually(t, "the shared quota after "+name, b.shared)
+	}
+}
+
+// Promise 4: the vendor's quota holds over all replicas.
+func TestThreeReplicasKeepTheQuota(t *testing.T) {
+	t.Parallel()
+	const rate, events = 100, 700
+	redis := streamstest.NewRedis(t)
+	r := start(t, fingerprintsim.Options{Key: "key", Rate: rate, Burst: burstFactor * rate}, map[string]string{
+		"FINGERPRINT_RATE_LIMIT": "100", "PREFETCH_REPLICAS": "3", "REDIS_URL": redis.URL(),
+	})
+	for range 2 {
+		r.replica(ops.NewProcessLogger("prefetcher", streamstest.Logger(t)))
+	}
+	begin := time.Now()
+	all := ids("id", events)
+	r.accept(all...)
+	for _, id := range all {
+		if got := r.end(id); got.Status != record.Ready || got.Attempts != 1 {
+			t.Errorf("%s is %s after %d calls", id, got.Status, got.Attempts)
+		}
+	}
+	took := time.Since(begin)
+	if n := r.sim.CountsByStatus()[429]; n > events/100 {
+		t.Errorf("%d of %d calls were 429", n, r.sim.Calls())
+	}
+	t.Logf("%d events at %d/s in %v, %d calls, %d of them 429", events, rate, took, r.sim.Calls(), r.sim.CountsByStatus()[429])
+}
