@@ -1,13 +1,10 @@
 package persister
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"time"
-
-	"github.com/go-json-experiment/json/jsontext"
 
 	"github.com/idenza/fingerprint-prefetch/streams"
 	"github.com/idenza/fingerprint-prefetch/streams/record"
@@ -38,21 +35,14 @@ func (h *handler) persist(ctx context.Context, batch []*streams.Delivery) []stre
 }
 
 func (h *handler) decode(d *streams.Delivery) (*write, streams.Decision) {
-	rec, err := record.Decode(d.Data)
+	rec, body, err := prepare(d.Data, h.detail)
 	switch {
 	case errors.Is(err, record.ErrNewer):
 		return nil, streams.RetryAfter(newerSchemaWait, err)
 	case err != nil:
-		return nil, streams.DeadLetter(streams.DeadUndecodable, errors.New("not a record"))
+		return nil, streams.DeadLetter(streams.DeadUndecodable, err)
 	case !rec.Status.Terminal():
 		return nil, streams.DeadLetter(streams.DeadUndecodable, fmt.Errorf("a %s record has no place here", rec.Status))
-	}
-	if rec.Event, err = trim(rec.Event, h.detail); err != nil {
-		return nil, streams.DeadLetter(streams.DeadUndecodable, errors.New("event is not a JSON object"))
-	}
-	body, err := rec.Encode()
-	if err != nil {
-		return nil, streams.DeadLetter(streams.DeadUndecodable, err)
 	}
 	return &write{rec: rec, body: body}, streams.Decision{}
 }
@@ -126,48 +116,4 @@ func decide(w *write) streams.Decision {
 		return streams.DeadLetter(streams.DeadUnwritable, errors.New("the key holds something that is not a record"))
 	}
 	return streams.Done()
-}
-
-// rawAttributes is the member that EventLean drops.
-const rawAttributes = `"raw_device_attributes"`
-
-// trim reduces the vendor's event to the detail wanted, without touching the
-// bytes of what stays.
-func trim(event []byte, detail EventDetail) ([]byte, error) {
-	switch {
-	case detail == EventNone || len(event) == 0:
-		return nil, nil
-	case detail == EventFull || !bytes.Contains(event, []byte(rawAttributes)):
-		return event, nil
-	}
-	// As tolerant as the vendor's events have to be read: parts of them are
-	// the client's own text.
-	dec := jsontext.NewDecoder(bytes.NewBuffer(event), jsontext.AllowDuplicateNames(true), jsontext.AllowInvalidUTF8(true))
-	if t, err := dec.ReadToken(); err != nil || t.Kind() != '{' {
-		return nil, errors.New("not an object")
-	}
-	out := make([]byte, 0, len(event))
-	out = append(out, '{')
-	for dec.PeekKind() == '"' {
-		name, err := dec.ReadValue()
-		if err != nil {
-			return nil, err
-		}
-		if string(name) == rawAttributes {
-			if err := dec.SkipValue(); err != nil {
-				return nil, err
-			}
-			continue
-		}
-		if len(out) > 1 {
-			out = append(out, ',')
-		}
-		out = append(append(out, name...), ':')
-		value, err := dec.ReadValue()
-		if err != nil {
-			return nil, err
-		}
-		out = append(out, value...)
-	}
-	return append(out, '}'), nil
 }

@@ -44,6 +44,10 @@ func Run(ctx context.Context, cfg Config, p *ops.Process) error {
 		return fmt.Errorf("REDIS_URL: %w", err)
 	}
 	defer rdb.Close()
+	return runWith(ctx, cfg, p, rdb, newStore(rdb, cfg.TTL))
+}
+
+func runWith(ctx context.Context, cfg Config, p *ops.Process, rdb redis.UniversalClient, store recordStore) error {
 	logging.Disable() // the library's own lines: every error they tell of is returned as well
 	conn, err := streams.Connect(cfg.NATS, p.Log, p.Registry)
 	if err != nil {
@@ -51,7 +55,7 @@ func Run(ctx context.Context, cfg Config, p *ops.Process) error {
 	}
 	defer conn.Close()
 
-	h := &handler{store: newStore(rdb, cfg.TTL), detail: cfg.Event, metrics: newMetrics(p.Registry), now: time.Now}
+	h := &handler{store: store, detail: cfg.Event, metrics: newMetrics(p.Registry), now: time.Now}
 	work := func(stream, durable string, batches int, handle streams.Handler) streams.Work {
 		return streams.Work{Handle: handle, Consumer: streams.Consumer{
 			Stream: stream, Durable: durable, Concurrency: batches, Batch: cfg.Batch, Linger: cfg.Linger,

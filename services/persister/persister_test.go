@@ -375,24 +375,6 @@ func TestPersisterStartsBeforeRedis(t *testing.T) {
 	r.eventually("early", record.Ready)
 }
 
-func TestTrimKeepsTheVendorsBytes(t *testing.T) {
-	t.Parallel()
-	event := `{"event_id":"x","n":1.50,"raw_device_attributes":{"a":{"b":[1,2]}},"u":"é<>&"}`
-	for detail, want := range map[EventDetail]string{
-		EventLean: `{"event_id":"x","n":1.50,"u":"é<>&"}`, EventFull: event, EventNone: "",
-	} {
-		got, err := trim([]byte(event), detail)
-		if err != nil || string(got) != want {
-			t.Errorf("%s: %s (%v), want %s", detail, got, err, want)
-		}
-	}
-	for name, in := range map[string]string{"first": `{"raw_device_attributes":1,"a":2}`, "last": `{"a":2,"raw_device_attributes":[]}`} {
-		if got, err := trim([]byte(in), EventLean); err != nil || string(got) != `{"a":2}` {
-			t.Errorf("%s: %s (%v)", name, got, err)
-		}
-	}
-}
-
 // BenchmarkPut is one batch of 256 records of 4.4 KB, guarded, against a real
 // redis-server; the bare pipeline of SETs of the same size is the yardstick.
 func BenchmarkPut(b *testing.B) {
