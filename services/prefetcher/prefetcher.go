@@ -45,13 +45,14 @@ func Run(ctx context.Context, cfg Config, p *ops.Process) error {
 	}
 	key := func() string { return string(cfg.APIKey()) }
 	vendor := NewFingerprint(cfg.BaseURL, key, cfg.Timeout, cfg.Concurrency)
-	return run(ctx, cfg, p, conn, vendor, streams.NewPublisher(conn.JS, p.Registry))
+	pub := streams.NewPublisher(conn.JS, p.Registry)
+	return run(ctx, cfg, p, conn, vendor, pub, pub)
 }
 
-// run is Run behind its connections.
-func run(ctx context.Context, cfg Config, p *ops.Process, conn *streams.Conn, vendor eventGetter, pub *streams.Publisher) error {
+// run is Run behind its connections; results go out through out.
+func run(ctx context.Context, cfg Config, p *ops.Process, conn *streams.Conn, vendor eventGetter, out publisher, pub *streams.Publisher) error {
 	h := &handler{
-		vendor: vendor, publisher: pub, maxAge: cfg.MaxAge, fresh: cfg.FreshWithin, retention: cfg.Retention, now: time.Now,
+		vendor: vendor, publisher: out, maxAge: cfg.MaxAge, fresh: cfg.FreshWithin, retention: cfg.Retention, now: time.Now,
 	}
 	share := cfg.RateLimit / float64(cfg.Replicas)
 	local := newLocalBucket(share, time.Now)
