@@ -72,6 +72,8 @@ func AllPermissions() []Permissions {
 			prefetcher.Publish = append(prefetcher.Publish, d.Stream.Subjects...)
 		case StreamBackfill:
 			admin.Publish = append(admin.Publish, d.Stream.Subjects...)
+			// Live events that make way for newer ones go there.
+			prefetcher.Publish = append(prefetcher.Publish, "fp.backfill."+StagePrefetcher+".*")
 		case StreamDead:
 			for _, p := range []*Permissions{&prefetcher, &persister} {
 				p.Publish = append(p.Publish, "fp.dead."+p.User+".*")
@@ -135,15 +137,22 @@ func WriteNATSUsers(w io.Writer) error {
 
 // The Redis users.
 const (
-	RedisUserPersister = StagePersister
-	RedisUserScorer    = "scorer"
+	RedisUserPersister  = StagePersister
+	RedisUserPrefetcher = StagePrefetcher
+	RedisUserScorer     = "scorer"
 )
 
-// redisRights are the commands of each Redis user on the records' keys.
-var redisRights = []struct{ user, keys, commands string }{
-	{RedisUserPersister, "~", "+auth +hello +ping +eval +evalsha +getrange +set"},
-	{RedisUserScorer, "%R~", "+auth +hello +ping +get +mget"},
+// redisRights are the keys and commands of each Redis user.
+func redisRights() []redisRight {
+	const records = "~" + record.KeyPrefix + "*"
+	return []redisRight{
+		{RedisUserPersister, records, "+auth +hello +ping +eval +evalsha +getrange +set"},
+		{RedisUserPrefetcher, "%R" + records + " ~" + QuotaKey, "+auth +hello +ping +get +eval +evalsha +hmget +hset +pexpire +time"},
+		{RedisUserScorer, "%R" + records, "+auth +hello +ping +get +mget"},
+	}
 }
+
+type redisRight struct{ user, keys, commands string }
 
 // WriteRedisACL writes an ACL file for a single Redis 7 server or one with
 // replicas. hashes holds the SHA-256 of each user's passwords in hexadecimal;
@@ -152,7 +161,7 @@ var redisRights = []struct{ user, keys, commands string }{
 func WriteRedisACL(w io.Writer, hashes map[string][]string) error {
 	b := &strings.Builder{}
 	b.WriteString("user default off resetkeys resetchannels -@all\n")
-	for _, r := range redisRights {
+	for _, r := range redisRights() {
 		if len(hashes[r.user]) == 0 {
 			return fmt.Errorf("redis user %s has no password", r.user)
 		}
@@ -160,7 +169,7 @@ func WriteRedisACL(w io.Writer, hashes map[string][]string) error {
 		for _, h := range hashes[r.user] {
 			fmt.Fprintf(b, " #%s", h)
 		}
-		fmt.Fprintf(b, " resetkeys resetchannels %s%s* -@all %s\n", r.keys, record.KeyPrefix, r.commands)
+		fmt.Fprintf(b, " resetkeys resetchannels %s -@all %s\n", r.keys, r.commands)
 	}
 	if _, err := io.WriteString(w, b.String()); err != nil {
 		return fmt.Errorf("write redis acl: %w", err)

@@ -86,7 +86,7 @@ func TestPermissionsRefuseAllElse(t *testing.T) {
 		"fp.ingest":                "",
 		"fp.ingest.7.8":            "",
 		"fp.enriched.7":            "prefetcher",
-		"fp.backfill.prefetcher.7": "streamctl",
+		"fp.backfill.prefetcher.7": "prefetcher streamctl",
 		"fp.backfill.persister.7":  "streamctl",
 		"fp.dead.prefetcher.7":     "prefetcher",
 		"fp.dead.persister.7":      "persister",
@@ -255,7 +255,7 @@ func TestRedisACL(t *testing.T) {
 	if err := streams.WriteRedisACL(acl, map[string][]string{"persister": {hash("old"), hash("new")}}); err == nil {
 		t.Error("a scorer without a password is accepted")
 	}
-	if err := streams.WriteRedisACL(acl, map[string][]string{"persister": {hash("old"), hash("new")}, "scorer": {hash("s")}}); err != nil {
+	if err := streams.WriteRedisACL(acl, map[string][]string{"persister": {hash("old"), hash("new")}, "prefetcher": {hash("p")}, "scorer": {hash("s")}}); err != nil {
 		t.Fatal(err)
 	}
 	file := filepath.Join(t.TempDir(), "users.acl")
@@ -285,6 +285,9 @@ func TestRedisACL(t *testing.T) {
 		"configure":                   {"persister:new", command{"config", "get", "*"}, true},
 		"read the users":              {"persister:new", command{"acl", "list"}, true},
 		"publish":                     {"persister:new", command{"publish", "c", "v"}, true},
+		"prefetcher reads":            {"prefetcher:p", command{"get", mine}, false},
+		"prefetcher takes a token":    {"prefetcher:p", command{"eval", "return redis.call('HSET', KEYS[1], 'at', redis.call('TIME')[1])", 1, streams.QuotaKey}, false},
+		"prefetcher writes a record":  {"prefetcher:p", command{"eval", "return redis.call('HSET', KEYS[1], 'a', 1)", 1, mine}, true},
 		"scorer reads":                {"scorer:s", command{"get", mine}, false},
 		"scorer reads many":           {"scorer:s", command{"mget", mine, mine + "2"}, false},
 		"scorer reads elsewhere":      {"scorer:s", command{"get", "other"}, true},

@@ -68,6 +68,10 @@ func subject(prefix string, subscriberID int64) string {
 	return string(strconv.AppendInt([]byte(prefix), subscriberID, 10))
 }
 
+// QuotaKey is where the prefetchers share the vendor's quota in Redis. There is
+// one workspace and key of the vendor's per deployment, so there is one.
+const QuotaKey = "fp:quota:fingerprint"
+
 // AckWait is how long the server waits for an ack or a sign of progress before
 // it hands a message to another replica.
 const AckWait = 30 * time.Second

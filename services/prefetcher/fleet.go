@@ -11,14 +11,12 @@ import (
 	"time"
 
 	"github.com/redis/go-redis/v9"
+
+	"github.com/idenza/fingerprint-prefetch/streams"
 )
 
 //go:embed fleet.lua
 var fleetScript string
-
-// quotaKey holds the fleet's bucket. There is one workspace and key of the
-// vendor's per deployment, so there is one bucket.
-const quotaKey = "fp:quota:fingerprint"
 
 // fleetBucket is one token bucket for all replicas, in Redis and by its clock.
 // While Redis is away it gives out this replica's share instead: it neither
@@ -99,7 +97,7 @@ func (b *fleetBucket) reached(err error) {
 // ask runs the script: it first pauses, if pause is more than 0, and then takes
 // up to n tokens.
 func (b *fleetBucket) ask(ctx context.Context, p priority, n int, pause time.Duration) (int, time.Duration, error) {
-	out, err := b.script.Run(ctx, b.rdb, []string{quotaKey}, b.rate, b.burst, p.need(b.burst), n, pause.Microseconds()).Slice()
+	out, err := b.script.Run(ctx, b.rdb, []string{streams.QuotaKey}, b.rate, b.burst, p.need(b.burst), n, pause.Microseconds()).Slice()
 	if err != nil {
 		return 0, 0, fmt.Errorf("take from the fleet's quota: %w", err)
 	}

@@ -1,12 +1,21 @@
 package prefetcher
 
 import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"os"
+	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/redis/go-redis/v9"
+
 	"github.com/idenza/fingerprint-prefetch/services/prefetcher/fingerprintsim"
+	"github.com/idenza/fingerprint-prefetch/streams"
 	"github.com/idenza/fingerprint-prefetch/streams/ops"
 	"github.com/idenza/fingerprint-prefetch/streams/record"
 	"github.com/idenza/fingerprint-prefetch/streams/redisclient"
@@ -90,6 +99,33 @@ func TestFleetFallsBackToItsShare(t *testing.T) {
 		}
 		fault.end()
 		streamstest.Eventually(t, "the shared quota after "+name, b.shared)
+	}
+}
+
+// The shipped Redis user is enough for the script and for reading records.
+func TestPrefetchersRedisUserSuffices(t *testing.T) {
+	t.Parallel()
+	acl := &bytes.Buffer{}
+	sum := sha256.Sum256([]byte("p"))
+	hash := []string{hex.EncodeToString(sum[:])}
+	if err := streams.WriteRedisACL(acl, map[string][]string{"persister": hash, "prefetcher": hash, "scorer": hash}); err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(t.TempDir(), "users.acl")
+	if err := os.WriteFile(file, acl.Bytes(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	rdb, err := redisclient.New("redis://prefetcher:p@" + streamstest.NewRedis(t, "--aclfile", file).Addr + "/0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer rdb.Close()
+	b := newFleetBucket(rdb, 10, newLocalBucket(1, time.Now), streamstest.Logger(t))
+	if got, _ := b.take(t.Context(), firstLook, 2); got != 2 || !b.shared() {
+		t.Errorf("%d tokens, shared %v", got, b.shared())
+	}
+	if err := rdb.Get(t.Context(), record.Key("A")).Err(); !errors.Is(err, redis.Nil) {
+		t.Error(err)
 	}
 }
 
