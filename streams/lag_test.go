@@ -69,18 +69,19 @@ func (l *lagging) expect(durable string, want streams.Lag) {
 
 func TestLagIsTheAgeOfTheOldestUnfinishedMessage(t *testing.T) {
 	l := newLagging(t)
-	lag := func(pending, inFlight uint64, oldest time.Time) {
+	var none time.Time
+	lag := func(pending, inFlight uint64, oldest, undelivered time.Time) {
 		t.Helper()
-		l.expect("prefetcher", streams.Lag{Stream: "FP_INGEST", Durable: "prefetcher", Pending: pending, InFlight: inFlight, Oldest: oldest})
+		l.expect("prefetcher", streams.Lag{Stream: "FP_INGEST", Durable: "prefetcher", Pending: pending, InFlight: inFlight, Oldest: oldest, Undelivered: undelivered})
 	}
-	lag(0, 0, time.Time{})
+	lag(0, 0, none, none)
 	var at [5]time.Time
 	for i := range at {
 		at[i] = l.publish("FP_INGEST", "fp.ingest.12")
 	}
-	lag(5, 0, at[0])
+	lag(5, 0, at[0], at[0])
 	msgs := fetch(t, l.js, "FP_INGEST", "prefetcher", 4)
-	lag(1, 4, at[0])
+	lag(1, 4, at[0], at[4])
 	ack := func(i int) {
 		t.Helper()
 		if err := msgs[i].DoubleAck(t.Context()); err != nil {
@@ -93,23 +94,23 @@ func TestLagIsTheAgeOfTheOldestUnfinishedMessage(t *testing.T) {
 	if err := msgs[0].NakWithDelay(200 * time.Millisecond); err != nil {
 		t.Fatal(err)
 	}
-	lag(1, 2, at[0])
+	lag(1, 2, at[0], at[4])
 	ack(2)
-	lag(1, 1, at[0])
+	lag(1, 1, at[0], at[4])
 	msgs = fetch(t, l.js, "FP_INGEST", "prefetcher", 2) // the last one, and the first again
-	lag(0, 2, at[0])
+	lag(0, 2, at[0], none)
 	for i, m := range msgs {
 		if md, err := m.Metadata(); err != nil {
 			t.Fatal(err)
 		} else if md.Sequence.Stream == 1 {
 			ack(i)
-			lag(0, 1, at[4])
+			lag(0, 1, at[4], none)
 			ack(1 - i)
 		}
 	}
-	lag(0, 0, time.Time{})
+	lag(0, 0, none, none)
 	// The other durable of the stream has its own.
-	l.expect("persister-pending", streams.Lag{Stream: "FP_INGEST", Durable: "persister-pending", Pending: 5, Oldest: at[0]})
+	l.expect("persister-pending", streams.Lag{Stream: "FP_INGEST", Durable: "persister-pending", Pending: 5, Oldest: at[0], Undelivered: at[0]})
 }
 
 // Where several durables share a stream by filter, and where messages were
@@ -118,7 +119,7 @@ func TestLagWithFiltersAndGaps(t *testing.T) {
 	l := newLagging(t)
 	lag := func(durable string, pending uint64, oldest time.Time) {
 		t.Helper()
-		l.expect(durable, streams.Lag{Stream: "FP_BACKFILL", Durable: durable, Pending: pending, Oldest: oldest})
+		l.expect(durable, streams.Lag{Stream: "FP_BACKFILL", Durable: durable, Pending: pending, Oldest: oldest, Undelivered: oldest})
 	}
 	l.publish("FP_BACKFILL", "fp.backfill.persister.12")
 	l.publish("FP_BACKFILL", "fp.backfill.persister.13")
@@ -178,7 +179,7 @@ func TestLagOfWhatDoesNotExist(t *testing.T) {
 }
 
 // collector runs a LagCollector over some durables until the test ends.
-func (l *lagging) collector(refs ...[2]string) *prometheus.Registry {
+func (l *lagging) collector(refs ...streams.StreamRef) *prometheus.Registry {
 	reg := prometheus.NewRegistry()
 	c := streams.NewLagCollector(l.js, streamstest.Logger(l.t), reg, refs...)
 	ctx, cancel := context.WithCancel(context.Background())
@@ -197,7 +198,7 @@ func TestLagCollector(t *testing.T) {
 	stored := l.publish("FP_INGEST", "fp.ingest.12")
 	l.publish("FP_INGEST", "fp.ingest.12")
 	fetch(t, l.js, "FP_INGEST", "persister-pending", 1)
-	reg := l.collector([2]string{"FP_INGEST", "prefetcher"}, [2]string{"FP_INGEST", "persister-pending"})
+	reg := l.collector(streams.StreamRef{Stream: "FP_INGEST", Durables: []string{"prefetcher", "persister-pending"}})
 	streamstest.Eventually(t, "a first reading", func() bool { _, ok := metric(t, reg, lastSuccess); return ok })
 	for name, want := range map[[2]string]float64{
 		{"fp_consumer_lag_messages", "prefetcher"}: 2, {"fp_consumer_ack_pending_messages", "prefetcher"}: 0,
@@ -227,7 +228,7 @@ func TestLagCollector(t *testing.T) {
 // lag of 0; the others are read all the same.
 func TestLagCollectorWithoutTheDurable(t *testing.T) {
 	l := newLagging(t)
-	reg := l.collector([2]string{"FP_INGEST", "nobody"}, [2]string{"FP_INGEST", "prefetcher"}, [2]string{"FP_ENRICHED", "persister"})
+	reg := l.collector(streams.StreamRef{Stream: "FP_INGEST", Durables: []string{"nobody", "prefetcher"}}, streams.StreamRef{Stream: "FP_ENRICHED", Durables: []string{"persister"}})
 	streamstest.Eventually(t, "a first reading", func() bool { _, ok := metric(t, reg, "fp_consumer_lag_messages", "persister"); return ok })
 	if v, ok := metric(t, reg, "fp_consumer_lag_messages", "nobody"); ok {
 		t.Errorf("a lag of %v for a durable that does not exist", v)
@@ -244,11 +245,90 @@ func TestLagCollectorWithoutTheDurable(t *testing.T) {
 	}
 }
 
+// With no consumer running at all, the lag grows by one second per second.
+func TestLagGrowsWithTime(t *testing.T) {
+	l := newLagging(t)
+	l.publish("FP_INGEST", "fp.ingest.12")
+	reg := l.collector(streams.StreamRef{Stream: "FP_INGEST", Durables: []string{"prefetcher"}})
+	streamstest.Eventually(t, "a first reading", func() bool { _, ok := metric(t, reg, lastSuccess); return ok })
+	read := func() (float64, time.Time) {
+		before := time.Now()
+		v := mustMetric(t, reg, "fp_consumer_lag_seconds", "prefetcher")
+		return v, before.Add(time.Since(before) / 2)
+	}
+	// Over more than one poll, so that a new reading does not set it back.
+	from, start := read()
+	polled := mustMetric(t, reg, lastSuccess)
+	streamstest.Eventually(t, "another poll", func() bool { return mustMetric(t, reg, lastSuccess) > polled && time.Since(start) > 2*time.Second })
+	to, end := read()
+	if rate := (to - from) / end.Sub(start).Seconds(); rate < 0.95 || rate > 1.05 {
+		t.Errorf("grew by %v seconds per second", rate)
+	}
+}
+
+// What the age limit removes unprocessed is counted, per durable, and what was
+// finished before is not.
+func TestLagCollectorCountsWhatExpiresUnprocessed(t *testing.T) {
+	l := newLagging(t)
+	for range 3 {
+		l.publish("FP_INGEST", "fp.ingest.12")
+	}
+	fetchAndAck(t, l.js, "FP_INGEST", "persister-pending", 3)
+	fetchAndAck(t, l.js, "FP_INGEST", "prefetcher", 1)
+	reg := l.collector(streams.StreamRef{Stream: "FP_INGEST", Durables: []string{"prefetcher", "persister-pending"}})
+	const name = "fp_consumer_unprocessed_expired_total"
+	streamstest.Eventually(t, "a first reading", func() bool { _, ok := metric(t, reg, lastSuccess); return ok })
+	if v := mustMetric(t, reg, name, "prefetcher"); v != 0 {
+		t.Errorf("%v expired before anything could", v)
+	}
+	s, err := l.js.Stream(t.Context(), "FP_INGEST")
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg := s.CachedInfo().Config
+	cfg.MaxAge, cfg.Duplicates = time.Second, time.Second
+	if _, err := l.js.UpdateStream(t.Context(), cfg); err != nil {
+		t.Fatal(err)
+	}
+	streamstest.Eventually(t, "two expired", func() bool { return mustMetric(t, reg, name, "prefetcher") == 2 })
+	if v := mustMetric(t, reg, name, "persister-pending"); v != 0 {
+		t.Errorf("%v expired of what was finished", v)
+	}
+}
+
+// A durable an operator has paused is shown as such, and its lag goes on.
+func TestLagCollectorShowsPausesAndFill(t *testing.T) {
+	l := newLagging(t)
+	l.publish("FP_INGEST", "fp.ingest.12")
+	if _, err := l.js.PauseConsumer(t.Context(), "FP_INGEST", "prefetcher", time.Now().Add(time.Hour)); err != nil {
+		t.Fatal(err)
+	}
+	reg := l.collector(streams.StreamRef{Stream: "FP_INGEST", Durables: []string{"prefetcher", "persister-pending"}}, streams.StreamRef{Stream: "FP_DEAD"})
+	streamstest.Eventually(t, "a first reading", func() bool { _, ok := metric(t, reg, lastSuccess); return ok })
+	if p, q := mustMetric(t, reg, "fp_consumer_paused", "prefetcher"), mustMetric(t, reg, "fp_consumer_paused", "persister-pending"); p != 1 || q != 0 {
+		t.Errorf("paused %v and %v, want 1 and 0", p, q)
+	}
+	if v := mustMetric(t, reg, "fp_consumer_lag_seconds", "prefetcher"); v <= 0 {
+		t.Errorf("a lag of %v while paused", v)
+	}
+	for name, want := range map[string]float64{"fp_stream_messages": 1, "fp_stream_limit_bytes": 1 << 30, "fp_stream_max_age_seconds": 72 * 3600} {
+		if v := mustMetric(t, reg, name, "FP_INGEST"); v != want {
+			t.Errorf("%s = %v, want %v", name, v, want)
+		}
+	}
+	if v := mustMetric(t, reg, "fp_stream_size_bytes", "FP_INGEST"); v <= 0 {
+		t.Errorf("a stream with a message has %v bytes", v)
+	}
+	if v := mustMetric(t, reg, "fp_stream_messages", "FP_DEAD"); v != 0 {
+		t.Errorf("%v dead letters", v)
+	}
+}
+
 // While the server is away the age goes on growing from what was read last.
 func TestLagCollectorGoesOnWithoutTheServer(t *testing.T) {
 	l := newLagging(t)
 	l.publish("FP_INGEST", "fp.ingest.12")
-	reg := l.collector([2]string{"FP_INGEST", "prefetcher"})
+	reg := l.collector(streams.StreamRef{Stream: "FP_INGEST", Durables: []string{"prefetcher"}})
 	streamstest.Eventually(t, "a first reading", func() bool { _, ok := metric(t, reg, lastSuccess); return ok })
 	l.nats.Stop()
 	streamstest.Eventually(t, "the loss noticed", func() bool { return !l.conn.NC.IsConnected() })
@@ -273,7 +353,7 @@ func TestMetricNames(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(conn.Close)
-	lag := streams.NewLagCollector(s.conn.JS, s.Log, process.Registry, [2]string{s.Stream, s.Durable})
+	lag := streams.NewLagCollector(s.conn.JS, s.Log, process.Registry, streams.StreamRef{Stream: s.Stream, Durables: []string{s.Durable}})
 	ctx, cancel := context.WithCancel(context.Background())
 	var done sync.WaitGroup
 	done.Go(func() { lag.Run(ctx) })
@@ -324,6 +404,9 @@ func TestMetricNames(t *testing.T) {
 		"fp_consumer_ack_pending_messages gauge {consumer stream}",
 		"fp_consumer_lag_messages gauge {consumer stream}",
 		"fp_consumer_lag_seconds gauge {consumer stream}",
+		"fp_consumer_paused gauge {consumer stream}",
+		"fp_consumer_undelivered_seconds gauge {consumer stream}",
+		"fp_consumer_unprocessed_expired_total counter {consumer stream}",
 		"fp_dependency_up gauge {dependency service}",
 		"fp_draining gauge {service}",
 		"fp_nats_async_errors_total counter {kind}",
@@ -343,7 +426,12 @@ func TestMetricNames(t *testing.T) {
 		"fp_stage_queue_wait_seconds histogram {consumer}",
 		"fp_stage_received_total counter {consumer}",
 		"fp_stage_redeliveries_total counter {consumer}",
+		"fp_stream_collector_errors_total counter {}",
 		"fp_stream_collector_last_success_timestamp_seconds gauge {}",
+		"fp_stream_limit_bytes gauge {stream}",
+		"fp_stream_max_age_seconds gauge {stream}",
+		"fp_stream_messages gauge {stream}",
+		"fp_stream_size_bytes gauge {stream}",
 	}
 	if d := cmp.Diff(want, got); d != "" {
 		t.Errorf("-want +got\n%s", d)

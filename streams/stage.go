@@ -31,7 +31,7 @@ func RunStage(ctx context.Context, stage string, conn *Conn, pub *Publisher, p *
 		p.Health.Drain()
 	})
 	metrics := NewConsumerMetrics(p.Registry)
-	var refs [][2]string
+	var refs []StreamRef
 	errs := make([]error, len(works))
 	for i, w := range works {
 		c := w.Consumer
@@ -39,7 +39,7 @@ func RunStage(ctx context.Context, stage string, conn *Conn, pub *Publisher, p *
 		part := "consumer " + c.Durable
 		p.Health.Expect(part)
 		c.Reachable = func(err error) { p.Health.Set(part, err) }
-		refs = append(refs, [2]string{c.Stream, c.Durable})
+		refs = append(refs, StreamRef{c.Stream, []string{c.Durable}})
 		wg.Go(func() {
 			if errs[i] = c.Run(ctx, w.Handle); errs[i] != nil {
 				cancel(errs[i])
