@@ -2,6 +2,9 @@
 //
 //	streamctl apply    create or update streams and durables
 //	streamctl diff     show what apply would change
+//	streamctl status   show streams and durables
+//	streamctl trace    follow one event through everything
+//	streamctl dead     list and show dead letters
 //
 // It reaches NATS by the same NATS_* settings as the services. Results go to
 // standard output, everything else to standard error. Exit codes:
@@ -37,6 +40,7 @@ const (
 	exitDone   = 0
 	exitFailed = 1
 	exitUsage  = 2
+	exitNone   = 3 // nothing matched
 	// exitLeft: stopped with work left. For diff: there are differences.
 	exitLeft = 4
 )
@@ -66,6 +70,9 @@ func verbs() []verb {
 	return []verb{
 		{"apply", "[--replicas N] [--max-bytes STREAM=SIZE]… [--allow-loss] [--json] [--timeout 30s]", "create or update streams and durables", apply},
 		{"diff", "[--replicas N] [--max-bytes STREAM=SIZE]… [--json] [--timeout 30s]", "show what apply would change, and change nothing; exit code 4 if there is something", diff},
+		{"status", "[--watch] [--json] [--timeout 30s]", "show streams and durables: sizes, lag in messages and seconds, who is stuck", status},
+		{"trace", "REQUEST_ID [--since TIME] [--record-ttl 24h] [--json]", "follow one event through the streams to its record, and say where it is now", trace},
+		{"dead", "list|show [--stage S] [--reason R] [--subscriber N] [--since TIME] [--json]", "dead letters; show SEQUENCE prints one, personal data masked unless --reveal", dead},
 	}
 }
 
