@@ -5,6 +5,7 @@
 //	streamctl status   show streams and durables
 //	streamctl trace    follow one event through everything
 //	streamctl dead     list and show dead letters
+//	streamctl replay   have a stage see events again
 //
 // It reaches NATS by the same NATS_* settings as the services. Results go to
 // standard output, everything else to standard error. Exit codes:
@@ -73,6 +74,7 @@ func verbs() []verb {
 		{"status", "[--watch] [--json] [--timeout 30s]", "show streams and durables: sizes, lag in messages and seconds, who is stuck", status},
 		{"trace", "REQUEST_ID [--since TIME] [--record-ttl 24h] [--json]", "follow one event through the streams to its record, and say where it is now", trace},
 		{"dead", "list|show [--stage S] [--reason R] [--subscriber N] [--since TIME] [--json]", "dead letters; show SEQUENCE prints one, personal data masked unless --reveal", dead},
+		{"replay", "--stage STAGE --since TIME [--until TIME] [--only-missing] [--dry-run] [--rate N] [--json] | --resume ID", "have a stage see events again, behind live traffic", replay},
 	}
 }
 
