@@ -43,6 +43,8 @@ func AllPermissions() []Permissions {
 		Subscribe: []string{inbox(UserStreamctl), "$JS.EVENT.ADVISORY.>"},
 	}
 	admin := Permissions{User: UserStreamctl, Publish: []string{"$JS.API.INFO", "$JS.API.STREAM.NAMES", "$JS.API.STREAM.LIST"}}
+	// The state of replays is a key-value bucket, which is a stream.
+	admin.Publish = append(admin.Publish, "$KV.FP_REPLAYS.>", "$JS.API.STREAM.CREATE.KV_FP_REPLAYS", "$JS.API.STREAM.INFO.KV_FP_REPLAYS", "$JS.API.DIRECT.GET.KV_FP_REPLAYS.>")
 	operator := Permissions{
 		User: UserOperator, Publish: []string{"$JS.API.INFO", "$JS.API.STREAM.NAMES", "$JS.API.STREAM.LIST"},
 		Subscribe: []string{"$JS.EVENT.ADVISORY.>"},
