@@ -14,9 +14,11 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -48,6 +50,9 @@ type benchResult struct {
 // only validates, bare publishes, and the edge with everything on. Only the
 // ratios mean something elsewhere: load, server and stream share the cores.
 func benchEdge(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	if len(args) > 1 && args[0] == benchServeArg {
+		return benchServe(ctx, args[1:], os.Stdin, stdout, stderr)
+	}
 	fs := flag.NewFlagSet("bench", flag.ContinueOnError)
 	fs.SetOutput(stderr)
 	duration := fs.Duration("duration", 4*time.Second, "length of each measurement")
@@ -97,20 +102,18 @@ func newEdgeBench(ctx context.Context) (b *edgeBench, err error) {
 		return nil, fmt.Errorf("make a directory: %w", err)
 	}
 	b.undo = append(b.undo, func() { os.RemoveAll(dir) })
-	srv, err := server.NewServer(&server.Options{Host: "127.0.0.1", Port: -1, JetStream: true, StoreDir: dir, NoSigs: true, NoLog: true})
+	url, err := b.start("nats", dir)
 	if err != nil {
-		return nil, fmt.Errorf("start nats-server: %w", err)
+		return nil, err
 	}
-	srv.Start()
-	b.undo = append(b.undo, srv.Shutdown)
-	if !srv.ReadyForConnections(10 * time.Second) {
-		return nil, errors.New("nats-server does not start")
-	}
-	conn, err := streams.Connect(streams.ConnectConfig{Name: "bench", URL: srv.ClientURL()}, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
+	conn, err := streams.Connect(streams.ConnectConfig{Name: "bench", URL: url}, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
 	if err != nil {
 		return nil, err
 	}
 	b.undo, b.js = append(b.undo, conn.Close), conn.JS
+	if err := poll(ctx, conn.Err); err != nil {
+		return nil, err
+	}
 	if _, err := streams.Ensure(ctx, conn.JS, streams.Limits{MaxBytes: map[string]int64{streams.StreamIngest: 16 << 30}}, false); err != nil {
 		return nil, err
 	}
@@ -128,36 +131,121 @@ func newEdgeBench(ctx context.Context) (b *edgeBench, err error) {
 	if err := os.WriteFile(file, keys, 0o600); err != nil {
 		return nil, err
 	}
-	edge, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
+	if b.edge, err = b.start("edge", url, file); err != nil {
 		return nil, err
 	}
+	if b.bare, err = b.start("echo", key); err != nil {
+		return nil, err
+	}
+	return b, nil
+}
+
+// start runs a server as a process of its own, as it would be anywhere else:
+// in one process, the garbage collector would stop each for all the others'
+// memory. It returns the server's address.
+func (b *edgeBench) start(args ...string) (addr string, err error) {
+	exe, err := os.Executable()
+	if err != nil {
+		return "", err
+	}
+	cmd := exec.Command(exe, append([]string{"bench", benchServeArg}, args...)...)
+	cmd.Stderr = os.Stderr
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		return "", err
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return "", err
+	}
+	if err := cmd.Start(); err != nil {
+		return "", fmt.Errorf("start %s: %w", args[0], err)
+	}
+	b.undo = append(b.undo, func() {
+		in.Close()
+		_ = cmd.Wait() // it has said why on stderr
+	})
+	if addr, err = bufio.NewReader(out).ReadString('\n'); err != nil {
+		return "", fmt.Errorf("%s does not start: %w", args[0], err)
+	}
+	return strings.TrimSpace(addr), nil
+}
+
+const benchServeArg = "serve"
+
+// benchServe is one of the benchmark's servers: it prints its address and
+// serves until stdin ends, which it does with the benchmark.
+func benchServe(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() {
+		_, _ = io.Copy(io.Discard, stdin)
+		cancel()
+	}()
+	servers := map[string]func(context.Context, []string, io.Writer) error{"nats": serveNATS, "edge": serveEdge, "echo": serveEcho}
+	serve, ok := servers[args[0]]
+	if !ok {
+		fmt.Fprintf(stderr, "local bench: no server %q\n", args[0])
+		return 2
+	}
+	if err := serve(ctx, args[1:], stdout); err != nil {
+		fmt.Fprintf(stderr, "local bench: %s: %v\n", args[0], err)
+		return 1
+	}
+	return 0
+}
+
+func serveNATS(ctx context.Context, args []string, stdout io.Writer) error {
+	srv, err := server.NewServer(&server.Options{Host: "127.0.0.1", Port: -1, JetStream: true, StoreDir: args[0], NoSigs: true, NoLog: true})
+	if err != nil {
+		return err
+	}
+	srv.Start()
+	defer srv.WaitForShutdown()
+	defer srv.Shutdown()
+	if !srv.ReadyForConnections(10 * time.Second) {
+		return errors.New("does not start")
+	}
+	fmt.Fprintln(stdout, srv.ClientURL())
+	<-ctx.Done()
+	return nil
+}
+
+func serveEdge(ctx context.Context, args []string, stdout io.Writer) error {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return err
+	}
 	settings := ops.NewSettings(func(name string) string {
-		return map[string]string{"NATS_URL": srv.ClientURL(), "INGEST_API_KEYS_FILE": file, "SHUTDOWN_GRACE": "0s"}[name]
+		return map[string]string{"NATS_URL": args[0], "INGEST_API_KEYS_FILE": args[1], "SHUTDOWN_GRACE": "0s"}[name]
 	})
 	cfg := ingest.ReadConfig(settings)
 	if err := settings.Err(); err != nil {
-		return nil, err
+		return err
 	}
-	cfg.Listener, b.edge = edge, edge.Addr().String()
+	cfg.Listener = ln
 	proc := ops.NewProcess("ingest", io.Discard, slog.LevelInfo, "json")
-	runCtx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	done := make(chan error, 1)
-	go func() { done <- ingest.Run(runCtx, cfg, proc) }()
-	b.undo = append(b.undo, func() { cancel(); <-done })
+	go func() { done <- ingest.Run(ctx, cfg, proc) }()
 	if err := poll(ctx, proc.Health.Err); err != nil {
-		return nil, err
+		return err
 	}
+	fmt.Fprintln(stdout, ln.Addr())
+	return <-done
+}
 
-	bare, err := net.Listen("tcp", "127.0.0.1:0")
+func serveEcho(ctx context.Context, args []string, stdout io.Writer) error {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
-		return nil, err
+		return err
 	}
-	bareServer := &http.Server{Handler: bareEcho(key), ReadHeaderTimeout: 5 * time.Second}
-	go bareServer.Serve(bare) //nolint:errcheck // ends with Close
-	b.bare = bare.Addr().String()
-	b.undo = append(b.undo, func() { bareServer.Close() })
-	return b, nil
+	srv := &http.Server{Handler: bareEcho(args[0]), ReadHeaderTimeout: 5 * time.Second}
+	context.AfterFunc(ctx, func() { srv.Close() })
+	fmt.Fprintln(stdout, ln.Addr())
+	if err := srv.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
+		return err
+	}
+	return nil
 }
 
 // bareEcho is the yardstick, and is not to be improved: the shortest handler
