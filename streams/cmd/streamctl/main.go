@@ -6,6 +6,7 @@
 //	streamctl trace    follow one event through everything
 //	streamctl dead     list and show dead letters
 //	streamctl replay   have a stage see events again
+//	streamctl exporter serve every durable's lag, and make room in full streams
 //
 // It reaches NATS by the same NATS_* settings as the services. Results go to
 // standard output, everything else to standard error. Exit codes:
@@ -75,6 +76,7 @@ func verbs() []verb {
 		{"trace", "REQUEST_ID [--since TIME] [--record-ttl 24h] [--json]", "follow one event through the streams to its record, and say where it is now", trace},
 		{"dead", "list|show [--stage S] [--reason R] [--subscriber N] [--since TIME] [--json]", "dead letters; show SEQUENCE prints one, personal data masked unless --reveal", dead},
 		{"replay", "--stage STAGE --since TIME [--until TIME] [--only-missing] [--dry-run] [--rate N] [--json] | --resume ID", "have a stage see events again, behind live traffic", replay},
+		{"exporter", "", "serve the lag of every durable on OPS_ADDR (:9104), and purge finished history from streams that fill up; settings as a service's", exporter},
 	}
 }
 
