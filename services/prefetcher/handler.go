@@ -67,6 +67,7 @@ type handler struct {
 	breaker   breaker
 	places    places
 	flights   singleflight.Group // calls under way, by request id
+	calling   chan struct{}      // holds one for each call under way
 	maxAge    time.Duration
 	fresh     time.Duration // age from which a live event makes way for newer ones
 	retention time.Duration // of the vendor's events; 0 is unlimited
@@ -278,6 +279,11 @@ func (h *handler) call(ctx context.Context, p priority, e streams.Event) (a Answ
 			}
 		} else if err := h.quota.wait(ctx, p, e.SubscriberID); err != nil {
 			return flown{}, err
+		}
+		h.calling <- struct{}{}
+		defer func() { <-h.calling }()
+		if ctx.Err() != nil {
+			return flown{}, context.Cause(ctx)
 		}
 		asked := h.now()
 		h.metrics.wait.Observe(asked.Sub(start).Seconds())

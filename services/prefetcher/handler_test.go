@@ -53,7 +53,7 @@ func newHandler(v eventGetter) (*handler, *outbox) {
 	o := &outbox{}
 	q := newQuota(newLocalBucket(0, time.Now), true)
 	return &handler{
-		vendor: v, publisher: o, quota: q, maxAge: 23 * time.Hour, fresh: time.Minute, retention: 720 * time.Hour, now: time.Now,
+		calling: make(chan struct{}, 1000), vendor: v, publisher: o, quota: q, maxAge: 23 * time.Hour, fresh: time.Minute, retention: 720 * time.Hour, now: time.Now,
 		metrics: newMetrics(prometheus.NewRegistry(), q),
 	}, o
 }

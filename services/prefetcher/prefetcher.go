@@ -52,7 +52,7 @@ func Run(ctx context.Context, cfg Config, p *ops.Process) error {
 // run is Run behind its connections; results go out through out.
 func run(ctx context.Context, cfg Config, p *ops.Process, conn *streams.Conn, vendor eventGetter, out publisher, pub *streams.Publisher) error {
 	h := &handler{
-		vendor: vendor, publisher: out, maxAge: cfg.MaxAge, fresh: cfg.FreshWithin, retention: cfg.Retention, now: time.Now,
+		calling: make(chan struct{}, cfg.Concurrency), vendor: vendor, publisher: out, maxAge: cfg.MaxAge, fresh: cfg.FreshWithin, retention: cfg.Retention, now: time.Now,
 	}
 	share := cfg.RateLimit / float64(cfg.Replicas)
 	local := newLocalBucket(share, time.Now)
@@ -71,7 +71,7 @@ func run(ctx context.Context, cfg Config, p *ops.Process, conn *streams.Conn, ve
 		}
 	}
 	if cfg.RateLimit > 0 { // without a limit there is nothing to share out
-		h.places.half = max(cfg.Concurrency/2, 1)
+		h.places.half = cfg.Concurrency
 	}
 	h.metrics = newMetrics(p.Registry, h.quota)
 
@@ -84,8 +84,10 @@ func run(ctx context.Context, cfg Config, p *ops.Process, conn *streams.Conn, ve
 
 	work := func(stream, durable string) streams.Work {
 		return streams.Work{Handle: streams.Each(h.handle), Consumer: streams.Consumer{
-			Stream: stream, Durable: durable, Concurrency: cfg.Concurrency,
-			Window: window(cfg.Concurrency, share), StopTimeout: cfg.ShutdownTimeout,
+			// Twice as many handlers as calls: while one publishes, its
+			// call's place goes to the next.
+			Stream: stream, Durable: durable, Concurrency: 2 * cfg.Concurrency,
+			Window: window(2*cfg.Concurrency, share), StopTimeout: cfg.ShutdownTimeout,
 		}}
 	}
 	return streams.RunStage(ctx, streams.StagePrefetcher, conn, pub, p,
