@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -343,6 +344,37 @@ func TestUnfinishedBody(t *testing.T) {
 		t.Errorf("%s, close %v: %s", got.Status, got.Close, got.body)
 	}
 	c.closed()
+}
+
+// Who says little and slowly is cut off: after 5 s without the whole head, and
+// after 10 s without the whole body.
+func TestSlowClientsAreCutOff(t *testing.T) {
+	t.Parallel()
+	e := newEdge(t, stored)
+	addr := e.listen(t)
+	for name, head := range map[string][]string{
+		"head": {"POST /fingerprint/ingest HTTP/1.1", "Host: edge", "X-Slow: 1"},
+		"body": {"POST /fingerprint/ingest HTTP/1.1", "Host: edge", "Content-Type: application/json", "X-API-Key: " + e.acme, "Content-Length: 1000", "", "{"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			c, err := net.Dial("tcp", addr)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			start := time.Now()
+			if _, err := io.WriteString(c, strings.Join(head, "\r\n")); err != nil {
+				t.Fatal(err)
+			}
+			if err := c.SetReadDeadline(start.Add(30 * time.Second)); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := io.Copy(io.Discard, c); err != nil {
+				t.Errorf("after %v: %v", time.Since(start), err)
+			}
+		})
+	}
 }
 
 func TestHeadersTooLarge(t *testing.T) {
