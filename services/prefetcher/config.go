@@ -21,7 +21,8 @@ type Config struct {
 	Replicas  int
 	// Timeout bounds one call, body included.
 	Timeout time.Duration
-	// Concurrency is how many calls to the vendor are under way at once.
+	// Concurrency is how many calls to the vendor are under way at once, live ones
+	// and backfill each.
 	Concurrency int
 	// RedisURL is where the replicas share the quota and ready records are
 	// seen; empty for none.
@@ -44,7 +45,7 @@ func ReadConfig(s *ops.Settings) Config {
 		BaseURL:         RegionURL(s.OneOf("FINGERPRINT_REGION", "region of the Fingerprint workspace", "us", "eu", "ap")),
 		RateLimit:       s.Rate("FINGERPRINT_RATE_LIMIT", 5, "calls per second the vendor allows for all replicas together; 0 means unlimited"),
 		Timeout:         s.Duration("FINGERPRINT_TIMEOUT", 5*time.Second, 100*time.Millisecond, 20*time.Second, "longest call, body included"),
-		Concurrency:     s.Int("PREFETCH_CONCURRENCY", 64, 1, 4096, "calls under way at once"),
+		Concurrency:     s.Int("PREFETCH_CONCURRENCY", 64, 1, 4096, "calls under way at once, live ones and backfill each"),
 		MaxAge:          s.Duration("PREFETCH_MAX_AGE", 23*time.Hour, time.Minute, 72*time.Hour, "age from which an event is given up; below RECORD_TTL, so that the failed record is still seen"),
 		FreshWithin:     s.Duration("PREFETCH_FRESH_WITHIN", time.Minute, time.Second, 72*time.Hour, "age from which a live event moves to FP_BACKFILL while newer ones wait"),
 		Retention:       s.Duration("FINGERPRINT_RETENTION", 30*24*time.Hour, 0, 10*365*24*time.Hour, "how long the vendor keeps events; older ids are not asked for; 0 means for ever"),

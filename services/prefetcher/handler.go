@@ -67,13 +67,19 @@ type handler struct {
 	breaker   breaker
 	places    places
 	flights   singleflight.Group // calls under way, by request id
-	calling   chan struct{}      // holds one for each call under way
+	live      lane
+	backlog   lane
 	maxAge    time.Duration
 	fresh     time.Duration // age from which a live event makes way for newer ones
 	retention time.Duration // of the vendor's events; 0 is unlimited
 	now       func() time.Time
 	metrics   *metrics
 }
+
+// lane holds one for each call under way, or waiting for its token: so a token
+// is spent the moment it is had, and the rate is the vendor's too. Live events
+// and backfill have one each, since backfill waits long.
+type lane chan struct{}
 
 // look is what is known about an event from earlier looks at it.
 type look struct {
@@ -265,14 +271,28 @@ func (h *handler) call(ctx context.Context, p priority, e streams.Event) (a Answ
 		answer Answer
 		later  time.Duration
 	}
-	lane := "live "
+	lane, flight := h.live, "live "+e.RequestID
 	if p == backfill { // nothing live waits for its token
-		lane = "backfill "
+		lane, flight = h.backlog, "backfill "+e.RequestID
 	}
 	mine := false
-	v, err, _ := h.flights.Do(lane+e.RequestID, func() (any, error) {
+	v, err, _ := h.flights.Do(flight, func() (any, error) {
 		mine = true
 		start := h.now()
+		if p == laterLook {
+			select {
+			case lane <- struct{}{}:
+			default:
+				return flown{later: time.Second + rand.N(time.Second)}, nil
+			}
+		} else {
+			select {
+			case lane <- struct{}{}:
+			case <-ctx.Done():
+				return flown{}, context.Cause(ctx)
+			}
+		}
+		defer func() { <-lane }()
 		if p == laterLook {
 			if d := h.quota.try(ctx, p); d > 0 {
 				return flown{later: d + rand.N(d)}, nil
@@ -280,8 +300,6 @@ func (h *handler) call(ctx context.Context, p priority, e streams.Event) (a Answ
 		} else if err := h.quota.wait(ctx, p, e.SubscriberID); err != nil {
 			return flown{}, err
 		}
-		h.calling <- struct{}{}
-		defer func() { <-h.calling }()
 		if ctx.Err() != nil {
 			return flown{}, context.Cause(ctx)
 		}

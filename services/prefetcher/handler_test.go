@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -53,7 +54,7 @@ func newHandler(v eventGetter) (*handler, *outbox) {
 	o := &outbox{}
 	q := newQuota(newLocalBucket(0, time.Now), true)
 	return &handler{
-		calling: make(chan struct{}, 1000), vendor: v, publisher: o, quota: q, maxAge: 23 * time.Hour, fresh: time.Minute, retention: 720 * time.Hour, now: time.Now,
+		live: make(lane, 1000), backlog: make(lane, 1000), vendor: v, publisher: o, quota: q, maxAge: 23 * time.Hour, fresh: time.Minute, retention: 720 * time.Hour, now: time.Now,
 		metrics: newMetrics(prometheus.NewRegistry(), q),
 	}, o
 }
@@ -154,6 +155,44 @@ func TestNotFoundNeedsThreeLooks(t *testing.T) {
 		}
 		if r := o.records(t)[0]; r.Status != record.Ready || r.Attempts != 3 {
 			t.Errorf("record %s after %d looks", r.Status, r.Attempts)
+		}
+	})
+}
+
+// Promise 4 when the vendor is slow: tokens are not hoarded while all calls
+// that may be under way are, to be spent in one go afterwards.
+func TestSlowCallsHoardNoTokens(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		start := time.Now()
+		var mu sync.Mutex
+		var calls []time.Duration
+		h, _ := newHandler(vendorFunc(func(id string) Answer {
+			at := time.Since(start)
+			mu.Lock()
+			calls = append(calls, at)
+			mu.Unlock()
+			if at < 10*time.Second {
+				time.Sleep(10 * time.Second)
+			}
+			return found(id)
+		}))
+		h.publisher = discard{}
+		h.live = make(lane, 2)
+		h.quota = newQuota(newLocalBucket(1, time.Now), false)
+		go h.quota.run(t.Context())
+		var wg sync.WaitGroup
+		for i := range 12 {
+			wg.Go(func() { h.handle(t.Context(), delivery(fmt.Sprint("id-", i))) })
+		}
+		wg.Wait()
+		for i := range calls {
+			if i >= burstFactor+1 && calls[i]-calls[i-burstFactor-1] < time.Second/2 {
+				t.Fatalf("more calls at once than the burst: %v", calls)
+			}
+		}
+		if len(calls) != 12 {
+			t.Errorf("%d calls", len(calls))
 		}
 	})
 }

@@ -52,7 +52,7 @@ func Run(ctx context.Context, cfg Config, p *ops.Process) error {
 // run is Run behind its connections; results go out through out.
 func run(ctx context.Context, cfg Config, p *ops.Process, conn *streams.Conn, vendor eventGetter, out publisher, pub *streams.Publisher) error {
 	h := &handler{
-		calling: make(chan struct{}, cfg.Concurrency), vendor: vendor, publisher: out, maxAge: cfg.MaxAge, fresh: cfg.FreshWithin, retention: cfg.Retention, now: time.Now,
+		live: make(lane, cfg.Concurrency), backlog: make(lane, cfg.Concurrency), vendor: vendor, publisher: out, maxAge: cfg.MaxAge, fresh: cfg.FreshWithin, retention: cfg.Retention, now: time.Now,
 	}
 	share := cfg.RateLimit / float64(cfg.Replicas)
 	local := newLocalBucket(share, time.Now)
@@ -71,7 +71,7 @@ func run(ctx context.Context, cfg Config, p *ops.Process, conn *streams.Conn, ve
 		}
 	}
 	if cfg.RateLimit > 0 { // without a limit there is nothing to share out
-		h.places.half = cfg.Concurrency
+		h.places.half = max(cfg.Concurrency/2, 1)
 	}
 	h.metrics = newMetrics(p.Registry, h.quota)
 
