@@ -17,7 +17,6 @@ import (
 	"time"
 
 	"github.com/redis/go-redis/v9"
-	"github.com/redis/go-redis/v9/logging"
 
 	"github.com/idenza/fingerprint-prefetch/streams"
 	"github.com/idenza/fingerprint-prefetch/streams/ops"
@@ -48,7 +47,6 @@ func Run(ctx context.Context, cfg Config, p *ops.Process) error {
 }
 
 func runWith(ctx context.Context, cfg Config, p *ops.Process, rdb redis.UniversalClient, store recordStore) error {
-	logging.Disable() // the library's own lines: every error they tell of is returned as well
 	conn, err := streams.Connect(cfg.NATS, p.Log, p.Registry)
 	if err != nil {
 		return err

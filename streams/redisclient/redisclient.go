@@ -8,8 +8,13 @@ import (
 	"time"
 
 	"github.com/redis/go-redis/v9"
+	"github.com/redis/go-redis/v9/logging"
 	"github.com/redis/go-redis/v9/maintnotifications"
 )
+
+// The library's own lines would stand unstructured among ours; every error they
+// tell of is returned as well. Its logger is one for the process.
+func init() { logging.Disable() }
 
 // stepTimeout bounds each step of a Redis command. The library's defaults
 // wait ten seconds and repeat by themselves what may have been done already;
