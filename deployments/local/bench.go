@@ -276,7 +276,7 @@ func bareEcho(key string) http.Handler {
 
 func (b *edgeBench) run(ctx context.Context, d time.Duration, rounds int, w io.Writer, asJSON bool) error {
 	var serial atomic.Int64
-	post := func(addr string) func(context.Context) (func() error, func(), error) {
+	post := func(addr string) newClientFunc {
 		return func(ctx context.Context) (func() error, func(), error) {
 			return httpClient(ctx, addr, b.apiKey, &serial)
 		}
@@ -293,7 +293,7 @@ func (b *edgeBench) run(ctx context.Context, d time.Duration, rounds int, w io.W
 	for _, clients := range []int{64, 256} {
 		rows := []struct {
 			what string
-			new  func(context.Context) (func() error, func(), error)
+			new  newClientFunc
 		}{{"bare echo handler", post(b.bare)}, {"bare publish", publish}, {"edge", post(b.edge)}}
 		results := make([][]benchResult, len(rows))
 		for range rounds { // side by side, so that a noisy minute hits all
@@ -320,7 +320,7 @@ func (b *edgeBench) run(ctx context.Context, d time.Duration, rounds int, w io.W
 	half := all[len(all)-1].Rate / 2
 	for _, row := range []struct {
 		what string
-		new  func(context.Context) (func() error, func(), error)
+		new  newClientFunc
 	}{{"edge, open loop at half of that", post(b.edge)}, {"bare publish, open loop, same", publish}} {
 		r, err := openLoop(ctx, half, d, row.new)
 		if err != nil {
@@ -390,8 +390,35 @@ func httpClient(ctx context.Context, addr, key string, serial *atomic.Int64) (ca
 
 var errRefused = errors.New("not accepted")
 
+// newClientFunc makes a client of its own: one call, and what ends it.
+type newClientFunc func(context.Context) (call func() error, stop func(), err error)
+
 // closedLoop lets clients call one after the other for d.
-func closedLoop(ctx context.Context, clients int, d time.Duration, newClient func(context.Context) (func() error, func(), error)) (benchResult, error) {
+func closedLoop(ctx context.Context, clients int, d time.Duration, newClient newClientFunc) (benchResult, error) {
+	begin := time.Now()
+	return loop(ctx, clients, newClient, func() (time.Time, bool) {
+		now := time.Now()
+		return now, now.Sub(begin) < d
+	})
+}
+
+// openLoopClients is more than can be waiting at half of the maximum.
+const openLoopClients = 256
+
+// openLoop calls at a fixed rate whether or not answers have come, and counts
+// from when a call was due: a stall hits everything due in it.
+func openLoop(ctx context.Context, rate float64, d time.Duration, newClient newClientFunc) (benchResult, error) {
+	begin := time.Now().Add(50 * time.Millisecond)
+	var n atomic.Int64
+	return loop(ctx, openLoopClients, newClient, func() (time.Time, bool) {
+		due := begin.Add(time.Duration(float64(n.Add(1)) / rate * float64(time.Second)))
+		return due, due.Sub(begin) <= d
+	})
+}
+
+// loop lets clients call whenever the next call is due, until none is. A call
+// takes from when it was due.
+func loop(ctx context.Context, clients int, newClient newClientFunc, next func() (due time.Time, more bool)) (benchResult, error) {
 	times := make([][]time.Duration, clients)
 	errs := make([]error, clients)
 	var failed atomic.Int64
@@ -405,52 +432,9 @@ func closedLoop(ctx context.Context, clients int, d time.Duration, newClient fun
 				return
 			}
 			defer stop()
-			for start := time.Now(); start.Sub(begin) < d && ctx.Err() == nil; {
-				err := call()
-				end := time.Now()
-				switch {
-				case errors.Is(err, errRefused):
-					failed.Add(1)
-				case err != nil:
-					errs[c] = err
-					return
-				}
-				times[c] = append(times[c], end.Sub(start))
-				start = end
-			}
-		})
-	}
-	wg.Wait()
-	took := time.Since(begin)
-	all := slices.Concat(times...)
-	r := summarise(all)
-	r.Rate, r.Failed = float64(len(all))/took.Seconds(), failed.Load()
-	return r, errors.Join(append(errs, ctx.Err())...)
-}
-
-// openLoopClients is more than can be waiting at half of the maximum.
-const openLoopClients = 256
-
-// openLoop calls at a fixed rate whether or not answers have come, and counts
-// from when a call was due: a stall hits everything due in it.
-func openLoop(ctx context.Context, rate float64, d time.Duration, newClient func(context.Context) (func() error, func(), error)) (benchResult, error) {
-	begin := time.Now().Add(50 * time.Millisecond)
-	var next atomic.Int64
-	times := make([][]time.Duration, openLoopClients)
-	errs := make([]error, openLoopClients)
-	var failed atomic.Int64
-	var wg sync.WaitGroup
-	for c := range openLoopClients {
-		wg.Go(func() {
-			call, stop, err := newClient(ctx)
-			if err != nil {
-				errs[c] = err
-				return
-			}
-			defer stop()
 			for ctx.Err() == nil {
-				due := begin.Add(time.Duration(float64(next.Add(1)) / rate * float64(time.Second)))
-				if due.Sub(begin) > d {
+				due, more := next()
+				if !more {
 					return
 				}
 				time.Sleep(time.Until(due))
@@ -466,9 +450,10 @@ func openLoop(ctx context.Context, rate float64, d time.Duration, newClient func
 		})
 	}
 	wg.Wait()
+	took := time.Since(begin)
 	all := slices.Concat(times...)
 	r := summarise(all)
-	r.Rate, r.Failed = float64(len(all))/d.Seconds(), failed.Load()
+	r.Rate, r.Failed = float64(len(all))/took.Seconds(), failed.Load()
 	return r, errors.Join(append(errs, ctx.Err())...)
 }
 
