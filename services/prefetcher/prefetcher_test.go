@@ -132,6 +132,17 @@ func (r *running) dead() uint64 {
 	return st.CachedInfo().State.Msgs
 }
 
+// deliveries is how often the live durable handed out a message, again
+// included.
+func (r *running) deliveries() int {
+	r.t.Helper()
+	c, err := r.conn.JS.Consumer(r.t.Context(), streams.StreamIngest, streams.DurablePrefetcher)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return int(c.CachedInfo().Delivered.Consumer)
+}
+
 func (r *running) lag() streams.Lag {
 	r.t.Helper()
 	l, err := streams.ReadLag(r.t.Context(), r.conn.JS, streams.StreamIngest, streams.DurablePrefetcher)
