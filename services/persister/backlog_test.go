@@ -54,19 +54,23 @@ func BenchmarkBacklog(b *testing.B) {
 		}))
 		ctx, cancel := context.WithCancel(b.Context())
 		done := make(chan error, 1)
+		durable, err := c.JS.Consumer(b.Context(), streams.StreamEnriched, streams.DurablePersister)
+		if err != nil {
+			b.Fatal(err)
+		}
 		start := time.Now()
 		go func() {
 			done <- runWith(ctx, cfg, ops.NewProcessLogger("persister", slog.New(slog.DiscardHandler)), rdb, store)
 		}()
 		for {
-			l, err := streams.ReadLag(b.Context(), c.JS, streams.StreamEnriched, streams.DurablePersister)
+			i, err := durable.Info(b.Context())
 			if err != nil {
 				b.Fatal(err)
 			}
-			if l.Messages() == 0 {
+			if i.NumPending == 0 && i.NumAckPending == 0 {
 				break
 			}
-			time.Sleep(50 * time.Millisecond) // each look costs the server a read
+			time.Sleep(50 * time.Millisecond)
 		}
 		took := time.Since(start)
 		cancel()

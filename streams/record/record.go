@@ -217,7 +217,7 @@ func (t Time) MarshalJSON() ([]byte, error) {
 // UnmarshalJSON reads any RFC 3339 time that MarshalJSON can write.
 func (t *Time) UnmarshalJSON(b []byte) error {
 	var v time.Time
-	if err := json.Unmarshal(b, &v); err != nil {
+	if err := v.UnmarshalJSON(b); err != nil {
 		return errors.New("time: not RFC 3339") // err quotes the value
 	}
 	if y := v.UTC().Year(); y < 0 || y > 9999 {
