@@ -122,7 +122,7 @@ func dead(ctx context.Context, e env, fs *flag.FlagSet, args []string) (int, err
 		token = "*"
 	}
 	found := []deadLetter{}
-	err = scan(ctx, conn.JS, in, "fp.dead."+token+"."+subscriberToken(*subscriber), func(m *jetstream.RawStreamMsg) error {
+	err = scan(ctx, conn, in, "fp.dead."+token+"."+subscriberToken(*subscriber), func(m *jetstream.RawStreamMsg) error {
 		if d := newDeadLetter(m); *reason == "" || d.Reason == *reason {
 			found = append(found, d)
 		}

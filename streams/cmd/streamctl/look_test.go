@@ -23,6 +23,7 @@ const email = "planted@example.com"
 type bench struct {
 	t     *testing.T
 	n     *streamstest.NATS
+	conn  *streams.Conn
 	js    jetstream.JetStream
 	redis *streamstest.Redis
 }
@@ -30,7 +31,8 @@ type bench struct {
 func newBench(t *testing.T) *bench {
 	t.Helper()
 	n := streamstest.NewNATS(t)
-	return &bench{t, n, n.Connect("test").JS, streamstest.NewRedis(t)}
+	conn := n.Connect("test")
+	return &bench{t, n, conn, conn.JS, streamstest.NewRedis(t)}
 }
 
 func (b *bench) run(args ...string) (code int, stdout, stderr string) {
@@ -255,7 +257,7 @@ func TestFindSpan(t *testing.T) {
 		t.Fatal(err)
 	}
 	var seqs []uint64
-	if err := scan(t.Context(), b.js, in, "fp.ingest.12", func(m *jetstream.RawStreamMsg) error {
+	if err := scan(t.Context(), b.conn, in, "fp.ingest.12", func(m *jetstream.RawStreamMsg) error {
 		seqs = append(seqs, m.Sequence)
 		return nil
 	}); err != nil {

@@ -269,7 +269,7 @@ func (r *replayer) made(ctx context.Context) (map[uint64]bool, error) {
 		return nil, err
 	}
 	seqs := map[uint64]bool{}
-	err = scan(ctx, r.conn.JS, in, "fp.backfill."+r.Stage+".*", func(m *jetstream.RawStreamMsg) error {
+	err = scan(ctx, r.conn, in, "fp.backfill."+r.Stage+".*", func(m *jetstream.RawStreamMsg) error {
 		if m.Header.Get(streams.HeaderReplay) == r.ID {
 			if n, err := strconv.ParseUint(m.Header.Get(headerReplaySequence), 10, 64); err == nil {
 				seqs[n] = true
@@ -295,7 +295,7 @@ func (r *replayer) run(ctx context.Context, progress func()) error {
 		source = "fp.ingest." + subscriberToken(r.Subscriber)
 	}
 	start, n := time.Now(), 0
-	err := scan(ctx, r.conn.JS, span{r.Span.Stream, r.Next, r.Span.To}, source, func(m *jetstream.RawStreamMsg) error {
+	err := scan(ctx, r.conn, span{r.Span.Stream, r.Next, r.Span.To}, source, func(m *jetstream.RawStreamMsg) error {
 		copied := r.Counts.Copied
 		if err := r.one(ctx, m, made[m.Sequence]); err != nil {
 			return err

@@ -37,7 +37,7 @@ func (b *bench) copies(id string) map[string]int {
 		b.t.Fatal(err)
 	}
 	n := map[string]int{}
-	if err := scan(b.t.Context(), b.js, in, ">", func(m *jetstream.RawStreamMsg) error {
+	if err := scan(b.t.Context(), b.conn, in, ">", func(m *jetstream.RawStreamMsg) error {
 		if m.Header.Get(streams.HeaderReplay) == id {
 			n[requestID(m.Data)]++
 		}

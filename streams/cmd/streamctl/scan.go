@@ -11,7 +11,10 @@ import (
 	"strconv"
 	"time"
 
+	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/idenza/fingerprint-prefetch/streams"
 )
 
 // commonFlags are those of every verb that reads.
@@ -123,34 +126,100 @@ func findSpan(ctx context.Context, js jetstream.JetStream, stream string, since,
 	return out, nil
 }
 
-// scan calls each for the messages of a span that match a subject, in order,
-// with one direct get per message: it needs no consumer and no right to make
-// one.
-func scan(ctx context.Context, js jetstream.JetStream, in span, subject string, each func(*jetstream.RawStreamMsg) error) error {
-	if in.From > in.To {
+// batchSize and batchBytes bound what one direct get returns.
+const (
+	batchSize  = 100
+	batchBytes = 4 << 20
+)
+
+// scan calls each for the messages of a span that match a subject, in order.
+func scan(ctx context.Context, conn *streams.Conn, in span, subject string, each func(*jetstream.RawStreamMsg) error) error {
+	return scanBatches(ctx, conn, in, subject, batchSize, func(batch []*jetstream.RawStreamMsg) error {
+		for _, m := range batch {
+			if err := each(m); err != nil {
+				return err
+			}
+		}
 		return nil
-	}
-	s, err := js.Stream(ctx, in.Stream)
-	if err != nil {
-		return fmt.Errorf("look up stream %s: %w", in.Stream, err)
-	}
-	for seq := in.From; seq <= in.To; seq++ {
-		m, err := s.GetMsg(ctx, seq, jetstream.WithGetMsgSubject(subject))
-		if errors.Is(err, jetstream.ErrMsgNotFound) {
-			return nil
+	})
+}
+
+// scanBatches calls each for up to size messages at a time of a span that
+// match a subject, in order. It reads by direct gets, and so needs no consumer
+// and no right to make one.
+func scanBatches(ctx context.Context, conn *streams.Conn, in span, subject string, size int, each func([]*jetstream.RawStreamMsg) error) error {
+	for next := in.From; next <= in.To; {
+		var batch []*jetstream.RawStreamMsg
+		var last bool
+		var err error
+		for range 3 { // a message or its batch's end may get lost
+			if batch, last, err = getBatch(ctx, conn.NC, in.Stream, next, subject, size); err == nil || ctx.Err() != nil {
+				break
+			}
 		}
 		if err != nil {
-			return fmt.Errorf("read %s from %d: %w", in.Stream, seq, err)
+			return fmt.Errorf("read %s from %d: %w", in.Stream, next, err)
 		}
-		if m.Sequence > in.To {
+		if len(batch) > 0 {
+			next = batch[len(batch)-1].Sequence + 1
+		}
+		for len(batch) > 0 && batch[len(batch)-1].Sequence > in.To {
+			batch, last = batch[:len(batch)-1], true
+		}
+		if len(batch) > 0 {
+			if err := each(batch); err != nil {
+				return err
+			}
+		}
+		if last {
 			return nil
 		}
-		if err := each(m); err != nil {
-			return err
-		}
-		seq = m.Sequence
 	}
 	return nil
+}
+
+// getBatch asks for up to size messages from a sequence on, in one request
+// (ADR-31 of the server's design documents). last is set when there are no
+// more.
+func getBatch(ctx context.Context, nc *nats.Conn, stream string, from uint64, subject string, size int) (batch []*jetstream.RawStreamMsg, last bool, err error) {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	request, err := json.Marshal(map[string]any{"seq": from, "next_by_subj": subject, "batch": size, "max_bytes": batchBytes})
+	if err != nil {
+		return nil, false, fmt.Errorf("encode: %w", err)
+	}
+	inbox := nc.NewInbox()
+	sub, err := nc.SubscribeSync(inbox)
+	if err != nil {
+		return nil, false, fmt.Errorf("subscribe: %w", err)
+	}
+	defer sub.Unsubscribe() //nolint:errcheck // fails only when the connection is closed
+	if err := nc.PublishRequest("$JS.API.DIRECT.GET."+stream, inbox, request); err != nil {
+		return nil, false, fmt.Errorf("request: %w", err)
+	}
+	for {
+		m, err := sub.NextMsgWithContext(ctx)
+		if err != nil {
+			return nil, false, fmt.Errorf("wait for the answer: %w", err)
+		}
+		switch status := m.Header.Get("Status"); status {
+		case "":
+		case "204":
+			return batch, m.Header.Get("Nats-Num-Pending") == "0", nil
+		case "404":
+			return nil, true, nil
+		default:
+			return nil, false, fmt.Errorf("answered %s %s", status, m.Header.Get("Description"))
+		}
+		raw := &jetstream.RawStreamMsg{Subject: m.Header.Get(jetstream.SubjectHeader), Header: m.Header, Data: m.Data}
+		if raw.Sequence, err = strconv.ParseUint(m.Header.Get(jetstream.SequenceHeader), 10, 64); err != nil {
+			return nil, false, errors.New("answered without a sequence")
+		}
+		if raw.Time, err = time.Parse(time.RFC3339Nano, m.Header.Get(jetstream.TimeStampHeaer)); err != nil {
+			return nil, false, errors.New("answered without a time")
+		}
+		batch = append(batch, raw)
+	}
 }
 
 // subscriberToken is the subject token that selects a subscriber, 0 for all.

@@ -162,7 +162,7 @@ func readTrace(ctx context.Context, conn *streams.Conn, rdb redis.UniversalClien
 		if err != nil {
 			return r, err
 		}
-		err = scan(ctx, conn.JS, in, ">", func(m *jetstream.RawStreamMsg) error {
+		err = scan(ctx, conn, in, ">", func(m *jetstream.RawStreamMsg) error {
 			if !bytes.Contains(m.Data, []byte(id)) || requestID(m.Data) != id {
 				return nil
 			}
