@@ -9,7 +9,6 @@ import (
 	"slices"
 	"strconv"
 	"text/tabwriter"
-	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
 
@@ -29,6 +28,7 @@ type deadLetter struct {
 	From       string          `json:"from_sequence"`
 	Deliveries string          `json:"deliveries"`
 	AcceptedAt string          `json:"accepted_at"`
+	Redrives   string          `json:"redrives,omitempty"`
 	Body       json.RawMessage `json:"body,omitempty"`
 }
 
@@ -39,6 +39,7 @@ func newDeadLetter(m *jetstream.RawStreamMsg) deadLetter {
 		Subscriber: streams.SubjectSubscriber(m.Subject), RequestID: requestID(m.Data),
 		Stream: m.Header.Get(streams.HeaderDeadStream), From: m.Header.Get(streams.HeaderDeadSequence),
 		Deliveries: m.Header.Get(streams.HeaderDeadDeliveries), AcceptedAt: m.Header.Get(streams.HeaderAcceptedAt),
+		Redrives: m.Header.Get(headerRedrives),
 	}
 }
 
@@ -74,34 +75,80 @@ func masked(body []byte) json.RawMessage {
 	return out
 }
 
+// dead has verbs of its own.
 func dead(ctx context.Context, e env, fs *flag.FlagSet, args []string) (int, error) {
-	var f commonFlags
+	word := ""
+	if len(args) > 0 {
+		word = args[0]
+	}
+	switch word {
+	case "list", "show", "purge":
+		return deadLook(ctx, e, fs, word, args[1:])
+	case "redrive":
+		return redrive(ctx, e, fs, args[1:])
+	case "-h", "-help", "--help":
+		return deadLook(ctx, e, fs, "list", args) // each word's own flags: streamctl dead redrive --help
+	}
+	return 0, usageError{errors.New("want list, show SEQUENCE, redrive or purge")}
+}
+
+// redrive gives dead letters to their stages again.
+func redrive(ctx context.Context, e env, fs *flag.FlagSet, args []string) (int, error) {
+	var f feedFlags
+	f.Redrive = true
 	f.declare(fs)
-	var since timeFlag
-	stage := fs.String("stage", "", "list only those of this `stage`: prefetcher or persister")
-	reason := fs.String("reason", "", "list only those given up for this `reason`")
-	subscriber := fs.Int64("subscriber", 0, "list only those of subscriber `N`")
-	fs.Var(&since, "since", "list only those given up at or after this `time`")
-	reveal := fs.Bool("reveal", false, "show personal data")
-	words, err := parseMixed(fs, args, 2)
+	fs.StringVar(&f.Reason, "reason", "", "those given up for this `reason` alone")
+	all := fs.Bool("all", false, "every dead letter there is")
+	if err := parse(fs, args); err != nil {
+		return 0, err
+	}
+	if err := f.check(); err != nil {
+		return 0, err
+	}
+	if f.resume == "" && !*all && f.selection == (selection{}) && f.since.IsZero() && f.until.IsZero() && f.fromSeq == 0 {
+		return 0, usageError{errors.New("say which: --stage, --reason, --subscriber, --request-id, --since, --until, --from-seq or --all")}
+	}
+	return f.run(ctx, e)
+}
+
+// deadLook lists, shows or deletes dead letters.
+func deadLook(ctx context.Context, e env, fs *flag.FlagSet, word string, args []string) (int, error) {
+	var f commonFlags
+	var sel selection
+	var since, until timeFlag
+	f.declare(fs)
+	sel.declare(fs)
+	fs.StringVar(&sel.Reason, "reason", "", "those given up for this `reason` alone")
+	fs.Var(&since, "since", "those given up at or after this `time`")
+	fs.Var(&until, "until", "those given up at or before this `time`")
+	var reveal, yes, all bool
+	switch word {
+	case "show":
+		fs.BoolVar(&reveal, "reveal", false, "show personal data")
+	case "purge":
+		fs.BoolVar(&yes, "yes", false, "do not ask")
+		fs.BoolVar(&all, "all", false, "every dead letter there is")
+	}
+	words, err := parseMixed(fs, args, 1)
 	if err != nil {
+		return 0, err
+	}
+	if err := sel.check(); err != nil {
 		return 0, err
 	}
 	var seq uint64
 	switch {
-	case len(words) == 1 && words[0] == "list":
-	case len(words) == 2 && words[0] == "show":
-		if seq, err = strconv.ParseUint(words[1], 10, 64); err != nil || seq == 0 {
+	case word == "show":
+		if len(words) == 1 {
+			seq, _ = strconv.ParseUint(words[0], 10, 64) // 0 is no sequence
+		}
+		if seq == 0 {
 			return 0, usageError{errors.New("show wants the sequence that list prints")}
 		}
-	default:
-		return 0, usageError{errors.New("want list, or show SEQUENCE")}
-	}
-	if *stage != "" && *stage != streams.StagePrefetcher && *stage != streams.StagePersister {
-		return 0, usageError{errors.New("--stage is prefetcher or persister")}
-	}
-	if *reason != "" && !slices.Contains(streams.DeadReasons(), streams.DeadReason(*reason)) {
-		return 0, usageError{fmt.Errorf("--reason is one of %v", streams.DeadReasons())}
+	case len(words) > 0:
+		return 0, usageError{fmt.Errorf("unknown argument %q", words[0])}
+	case word == "purge" && !all && sel == (selection{}) && since.IsZero() && until.IsZero():
+		return 0, usageError{errors.New("say which: --stage, --reason, --subscriber, --request-id, --since, --until or --all")}
 	}
 	connCtx, cancel := context.WithTimeout(ctx, f.timeout)
 	defer cancel()
@@ -111,25 +158,24 @@ func dead(ctx context.Context, e env, fs *flag.FlagSet, args []string) (int, err
 	}
 	defer conn.Close()
 	if seq != 0 {
-		return deadShow(ctx, e, conn, seq, *reveal)
+		return deadShow(ctx, e, conn, seq, reveal)
 	}
-	in, err := findSpan(ctx, conn.JS, streams.StreamDead, since.Time, time.Time{})
+	in, err := findSpan(ctx, conn.JS, streams.StreamDead, since.Time, until.Time)
 	if err != nil {
 		return 0, err
 	}
-	token := *stage
-	if token == "" {
-		token = "*"
-	}
 	found := []deadLetter{}
-	err = scan(ctx, conn, in, "fp.dead."+token+"."+subscriberToken(*subscriber), func(m *jetstream.RawStreamMsg) error {
-		if d := newDeadLetter(m); *reason == "" || d.Reason == *reason {
-			found = append(found, d)
+	err = scan(ctx, conn, in, sel.subject(streams.StreamDead), func(m *jetstream.RawStreamMsg) error {
+		if sel.matches(m) {
+			found = append(found, newDeadLetter(m))
 		}
 		return nil
 	})
 	if err != nil {
 		return 0, err
+	}
+	if word == "purge" {
+		return purge(ctx, e, conn, found, yes, f.json)
 	}
 	code := exitDone
 	if len(found) == 0 {
@@ -148,6 +194,44 @@ func dead(ctx context.Context, e env, fs *flag.FlagSet, args []string) (int, err
 		fmt.Fprintf(t, "%d\t%s\t%s\t%d\t%s\n", d.Sequence, d.Stage, d.Reason, d.Subscriber, d.RequestID)
 	}
 	t.Flush()
+	return code, nil
+}
+
+// purge deletes what was found, and nothing that came since.
+func purge(ctx context.Context, e env, conn *streams.Conn, found []deadLetter, yes, asJSON bool) (int, error) {
+	type report struct {
+		Matched int `json:"matched"`
+		Purged  int `json:"purged"`
+	}
+	r := report{Matched: len(found)}
+	code := exitDone
+	if len(found) == 0 {
+		code = exitNone
+	} else if !yes && !e.confirm(fmt.Sprintf("Delete %d dead letters for good?", len(found))) {
+		code = exitLeft
+	} else {
+		s, err := conn.JS.Stream(ctx, streams.StreamDead)
+		if err != nil {
+			return 0, fmt.Errorf("look up stream %s: %w", streams.StreamDead, err)
+		}
+		for _, d := range found {
+			was, err := deleteMessage(ctx, s, d.Sequence, s.DeleteMsg)
+			if ctx.Err() != nil {
+				code = exitLeft
+				break
+			}
+			if err != nil {
+				return 0, err
+			}
+			if was {
+				r.Purged++
+			}
+		}
+	}
+	if asJSON {
+		return code, printJSON(e.stdout, r)
+	}
+	fmt.Fprintf(e.stdout, "purged %d of %d matching dead letters\n", r.Purged, r.Matched)
 	return code, nil
 }
 

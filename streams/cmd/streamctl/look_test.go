@@ -37,9 +37,15 @@ func newBench(t *testing.T) *bench {
 
 func (b *bench) run(args ...string) (code int, stdout, stderr string) {
 	b.t.Helper()
+	return b.answer("", args...)
+}
+
+// answer runs streamctl with something to read.
+func (b *bench) answer(stdin string, args ...string) (code int, stdout, stderr string) {
+	b.t.Helper()
 	var out, errs bytes.Buffer
 	env := map[string]string{"NATS_URL": b.n.URL, "REDIS_URL": b.redis.URL()}
-	code = run(b.t.Context(), args, func(name string) string { return env[name] }, &out, &errs)
+	code = run(b.t.Context(), args, func(name string) string { return env[name] }, strings.NewReader(stdin), &out, &errs)
 	return code, out.String(), errs.String()
 }
 
@@ -223,7 +229,7 @@ func TestDead(t *testing.T) {
 	if code, _, _ := b.run("dead", "show", "9"); code != exitNone {
 		t.Errorf("exit %d", code)
 	}
-	for _, args := range []string{"dead", "dead show", "dead show x", "dead list 1", "dead list --stage x", "dead list --reason x", "trace", "trace a b", "trace .."} {
+	for _, args := range []string{"dead", "dead show", "dead show x", "dead list 1", "dead list --stage x", "dead list --reason x", "dead purge", "dead redrive", "dead purge x", "dead list --all", "trace", "trace a b", "trace .."} {
 		if code, _, errs := b.run(strings.Fields(args)...); code != exitUsage {
 			t.Errorf("%s: exit %d, %s", args, code, errs)
 		}

@@ -4,8 +4,10 @@
 //	streamctl diff     show what apply would change
 //	streamctl status   show streams and durables
 //	streamctl trace    follow one event through everything
-//	streamctl dead     list and show dead letters
+//	streamctl dead     list, show, redrive and purge dead letters
 //	streamctl replay   have a stage see events again
+//	streamctl pause    stop deliveries to a durable for a while
+//	streamctl resume   end a pause
 //	streamctl exporter serve every durable's lag, and make room in full streams
 //
 // It reaches NATS by the same NATS_* settings as the services. Results go to
@@ -19,6 +21,7 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"flag"
@@ -27,6 +30,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 	"text/tabwriter"
 	"time"
@@ -50,7 +54,7 @@ const (
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // from here on a second signal kills
-	code := run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr)
+	code := run(ctx, os.Args[1:], os.Getenv, os.Stdin, os.Stdout, os.Stderr)
 	stop()
 	os.Exit(code)
 }
@@ -58,7 +62,16 @@ func main() {
 // env is what a verb runs in.
 type env struct {
 	getenv         func(string) string
+	stdin          io.Reader
 	stdout, stderr io.Writer
+}
+
+// confirm asks on a person's terminal; anything but a yes is a no.
+func (e env) confirm(question string) bool {
+	fmt.Fprint(e.stderr, question, " [y/N] ")
+	answer, _ := bufio.NewReader(e.stdin).ReadString('\n') // no answer is a no
+	answer = strings.ToLower(strings.TrimSpace(answer))
+	return answer == "y" || answer == "yes"
 }
 
 // verb is one word of the command line. Its run declares the verb's flags on
@@ -74,8 +87,10 @@ func verbs() []verb {
 		{"diff", "[--replicas N] [--max-bytes STREAM=SIZE]… [--json] [--timeout 30s]", "show what apply would change, and change nothing; exit code 4 if there is something", diff},
 		{"status", "[--watch] [--json] [--timeout 30s]", "show streams and durables: sizes, lag in messages and seconds, who is stuck", status},
 		{"trace", "REQUEST_ID [--since TIME] [--record-ttl 24h] [--json]", "follow one event through the streams to its record, and say where it is now", trace},
-		{"dead", "list|show [--stage S] [--reason R] [--subscriber N] [--since TIME] [--json]", "dead letters; show SEQUENCE prints one, personal data masked unless --reveal", dead},
+		{"dead", "list|show SEQUENCE|redrive|purge [--stage S] [--reason R] [--subscriber N] [--request-id ID] [--since TIME] [--until TIME] [--json]", "dead letters: show masks personal data unless --reveal; redrive has the flags of replay, and --all; purge asks first unless --yes", dead},
 		{"replay", "--stage STAGE --since TIME [--until TIME] [--only-missing] [--dry-run] [--rate N] [--json] | --resume ID", "have a stage see events again, behind live traffic", replay},
+		{"pause", "DURABLE --for 1h|--until TIME [--json]", "have the server deliver nothing to a durable for a while; status shows it", pause},
+		{"resume", "DURABLE [--json]", "end a pause", resume},
 		{"exporter", "", "serve the lag of every durable on OPS_ADDR (:9104), and purge finished history from streams that fill up; settings as a service's", exporter},
 	}
 }
@@ -97,7 +112,7 @@ func parse(fs *flag.FlagSet, args []string) error {
 // usageError is a fault of the command line.
 type usageError struct{ error }
 
-func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) int {
+func run(ctx context.Context, args []string, getenv func(string) string, stdin io.Reader, stdout, stderr io.Writer) int {
 	if len(args) == 0 {
 		help(stderr)
 		return exitUsage
@@ -117,7 +132,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 		}
 		fs := flag.NewFlagSet(v.name, flag.ContinueOnError)
 		fs.SetOutput(io.Discard) // run prints what there is to say
-		code, err := v.run(ctx, env{getenv, stdout, stderr}, fs, args[1:])
+		code, err := v.run(ctx, env{getenv, stdin, stdout, stderr}, fs, args[1:])
 		_, badUsage := errors.AsType[usageError](err)
 		switch {
 		case errors.Is(err, flag.ErrHelp):

@@ -22,7 +22,7 @@ import (
 func streamctl(t *testing.T, url string, args ...string) (code int, stdout, stderr string) {
 	t.Helper()
 	var out, errs bytes.Buffer
-	code = run(t.Context(), args, func(name string) string { return map[string]string{"NATS_URL": url}[name] }, &out, &errs)
+	code = run(t.Context(), args, func(name string) string { return map[string]string{"NATS_URL": url}[name] }, nil, &out, &errs)
 	return code, out.String(), errs.String()
 }
 
@@ -233,7 +233,7 @@ func TestInterrupt(t *testing.T) {
 	cancel(errors.New("interrupted"))
 	var out, errs bytes.Buffer
 	env := map[string]string{"NATS_URL": "nats://" + streamstest.FreeAddr(t)}
-	code := run(ctx, []string{"apply"}, func(name string) string { return env[name] }, &out, &errs)
+	code := run(ctx, []string{"apply"}, func(name string) string { return env[name] }, nil, &out, &errs)
 	if code != exitFailed || !strings.Contains(errs.String(), "interrupted") {
 		t.Errorf("exit %d, %s", code, errs.String())
 	}
@@ -249,7 +249,7 @@ func TestBadSettings(t *testing.T) {
 		"no URL": {map[string]string{"NATS_URL": "nats://user:hun%zzter2@host"}, []string{"NATS_URL: "}},
 	} {
 		var out, errs bytes.Buffer
-		code := run(t.Context(), []string{"diff"}, func(name string) string { return c.env[name] }, &out, &errs)
+		code := run(t.Context(), []string{"diff"}, func(name string) string { return c.env[name] }, nil, &out, &errs)
 		if code != exitUsage || strings.Contains(errs.String(), "ter2") {
 			t.Errorf("%s: exit %d, %s", name, code, errs.String())
 		}

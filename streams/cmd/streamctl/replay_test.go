@@ -1,11 +1,13 @@
 package main
 
 import (
+	stdcmp "cmp"
 	"context"
 	"encoding/json"
 	"fmt"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -48,9 +50,9 @@ func (b *bench) copies(id string) map[string]int {
 	return n
 }
 
-func decodeReplay(t *testing.T, out string) replayState {
+func decodeReplay(t *testing.T, out string) feedState {
 	t.Helper()
-	var s replayState
+	var s feedState
 	if err := json.Unmarshal([]byte(out), &s); err != nil {
 		t.Fatalf("%v: %q", err, out)
 	}
@@ -75,13 +77,13 @@ func TestDryRunEqualsRun(t *testing.T) {
 	b.put(streams.EnrichedSubject(12), nil, "no record")
 	b.put(streams.EnrichedSubject(13), nil, ready(event("other"), now))
 	until := time.Now().Format(time.RFC3339Nano)
-	for args, want := range map[string]replayCounts{
+	for args, want := range map[string]feedCounts{
 		"--subscriber 12":                {Copied: 36, Ready: 10, PastLife: 4, Invalid: 1},
 		"--subscriber 12 --only-missing": {Copied: 26, PastLife: 4, Present: 10, Invalid: 1},
 		"--request-id e5":                {Copied: 1, Ready: 1},
 		"--subscriber 13 --from-seq 1":   {Copied: 1},
 	} {
-		line := append([]string{"replay", "--stage", "persister", "--since", "1h", "--until", until, "--json"}, strings.Fields(args)...)
+		line := append([]string{"replay", "--stage", "persister", "--since", "1h", "--until", until, "--json", "--no-wait"}, strings.Fields(args)...)
 		_, out, errs := b.run(append(line, "--dry-run")...)
 		plan := decodeReplay(t, out)
 		if n := len(b.copies(plan.ID)); n != 0 {
@@ -117,7 +119,7 @@ func TestReplayForThePrefetcher(t *testing.T) {
 	b.put(streams.IngestSubject(12), nats.Header{streams.HeaderTraceParent: {"tp"}}, event("a"))
 	b.put(streams.IngestSubject(12), nil, event("b"))
 	b.record(ready(event("a"), time.Now()), time.Hour)
-	_, out, errs := b.run("replay", "--stage", "prefetcher", "--since", "1h", "--json")
+	_, out, errs := b.run("replay", "--stage", "prefetcher", "--since", "1h", "--json", "--no-wait")
 	s := decodeReplay(t, out)
 	if s.Counts.VendorCalls != 1 || s.Counts.Copied != 2 || s.Seconds <= 0 {
 		t.Errorf("%+v %s", s, errs)
@@ -138,16 +140,31 @@ func TestReplayForThePrefetcher(t *testing.T) {
 		copied.Header.Get(streams.HeaderAcceptedAt) != original.Time.UTC().Format(time.RFC3339Nano) || copied.Header.Get(streams.HeaderForce) != "" {
 		t.Errorf("%s %v", copied.Subject, copied.Header)
 	}
-	_, out, _ = b.run("replay", "--stage", "prefetcher", "--request-id", "a", "--force", "--json")
+	_, out, _ = b.run("replay", "--stage", "prefetcher", "--request-id", "a", "--force", "--json", "--no-wait")
 	if s := decodeReplay(t, out); s.Counts.VendorCalls != 1 || read(streams.StreamBackfill, 3).Header.Get(streams.HeaderForce) != "1" {
 		t.Errorf("%+v", s)
 	}
 }
 
-// Killed at any point and gone on with, a replay copies each event once; also
+// Killed at any point and gone on with, a run copies each event once; also
 // when the stream no longer knows the message ids.
-func TestKilledReplayResumes(t *testing.T) {
+func TestKilledRunResumes(t *testing.T) {
 	t.Parallel()
+	t.Run("replay", func(t *testing.T) {
+		t.Parallel()
+		testKilledRunResumes(t, []string{"replay"}, streams.EnrichedSubject(12), "--stage", "persister", "--since", "1h")
+	})
+	t.Run("redrive", func(t *testing.T) {
+		t.Parallel()
+		b := testKilledRunResumes(t, []string{"dead", "redrive"}, streams.DeadSubject(streams.StagePersister, 12), "--all")
+		s, err := b.js.Stream(t.Context(), streams.StreamDead)
+		if err != nil || s.CachedInfo().State.Msgs != 0 {
+			t.Errorf("%d dead letters are left, %v", s.CachedInfo().State.Msgs, err)
+		}
+	})
+}
+
+func testKilledRunResumes(t *testing.T, verb []string, subject string, args ...string) *bench {
 	const events = 400
 	b := newBench(t)
 	for _, d := range streams.Definition(streams.Limits{}) {
@@ -160,9 +177,9 @@ func TestKilledReplayResumes(t *testing.T) {
 	}
 	now := time.Now()
 	for i := range events {
-		b.put(streams.EnrichedSubject(12), nil, streams.NewRecord(event(fmt.Sprint("e", i)), now, record.NotFound, record.EventNotFound))
+		b.put(subject, nil, streams.NewRecord(event(fmt.Sprint("e", i)), now, record.NotFound, record.EventNotFound))
 	}
-	cmd := exec.CommandContext(t.Context(), os.Args[0], "replay", "--stage", "persister", "--since", "1h", "--rate", "400")
+	cmd := exec.CommandContext(t.Context(), os.Args[0], slices.Concat(verb, args, []string{"--rate", "400"})...)
 	cmd.Env = append(os.Environ(), "STREAMCTL_TEST_PROCESS=1", "NATS_URL="+b.n.URL)
 	cmd.Stderr = t.Output()
 	if err := cmd.Start(); err != nil {
@@ -190,12 +207,12 @@ func TestKilledReplayResumes(t *testing.T) {
 	stopped, cancel := context.WithCancel(t.Context())
 	time.AfterFunc(300*time.Millisecond, cancel)
 	var out, errs strings.Builder
-	code := run(stopped, []string{"replay", "--resume", ids[0]}, func(name string) string { return map[string]string{"NATS_URL": b.n.URL}[name] }, &out, &errs)
+	code := run(stopped, append(verb, "--resume", ids[0]), func(name string) string { return map[string]string{"NATS_URL": b.n.URL}[name] }, nil, &out, &errs)
 	if code != exitLeft || !strings.Contains(out.String(), "--resume "+ids[0]) {
 		t.Errorf("exit %d, %s%s", code, out.String(), errs.String())
 	}
 
-	code, last, stderr := b.run("replay", "--resume", ids[0], "--json")
+	code, last, stderr := b.run(append(verb, "--resume", ids[0], "--json", "--no-wait")...)
 	if s := decodeReplay(t, last); code != exitDone || !s.Done || s.Counts.Copied != events {
 		t.Errorf("exit %d, %+v, %s", code, s, stderr)
 	}
@@ -207,5 +224,175 @@ func TestKilledReplayResumes(t *testing.T) {
 		if times != 1 {
 			t.Errorf("%s copied %d times", id, times)
 		}
+	}
+	return b
+}
+
+// A run waits for the stages and says what the streams and Redis have.
+func TestReplayWaitsForTheStages(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	now := time.Now()
+	for _, id := range []string{"ready", "foreign", "earlier", "absent"} {
+		b.put(streams.EnrichedSubject(12), nil, ready(event(id), now))
+	}
+	foreign := event("foreign")
+	foreign.SubscriberID = 13
+	b.record(ready(event("ready"), now), time.Hour)
+	b.record(ready(foreign, now), time.Hour)
+	b.record(ready(event("earlier"), now.Add(-time.Minute)), time.Hour)
+
+	// Nobody will do it: that is said, and what is left.
+	if code, out, errs := b.run("pause", streams.DurablePersisterBackfill, "--for", "1h"); code != exitDone {
+		t.Fatalf("exit %d, %s%s", code, out, errs)
+	}
+	code, out, errs := b.run("replay", "--stage", "persister", "--since", "1h", "--json")
+	s := decodeReplay(t, out)
+	if code != exitLeft || !s.Done || s.Settled || !strings.Contains(s.Waiting, "paused") {
+		t.Fatalf("exit %d, %+v, %s", code, s, errs)
+	}
+	if code, out, errs := b.run("resume", streams.DurablePersisterBackfill); code != exitDone {
+		t.Fatalf("exit %d, %s%s", code, out, errs)
+	}
+	b.put(streams.DeadSubject(streams.StagePersister, 12), nats.Header{streams.HeaderReplay: {s.ID}, streams.HeaderDeadReason: {"foreign_subscriber"}}, event("foreign"))
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		code, out, errs = b.run("replay", "--resume", s.ID, "--json")
+	}()
+	b.finish(streams.StreamBackfill, streams.DurablePersisterBackfill, 4)
+	<-ended
+	s = decodeReplay(t, out)
+	want := &outcome{InStream: 4, Agrees: true, Dead: map[string]uint64{"foreign_subscriber": 1},
+		Records: map[string]uint64{"ready": 1, "foreign": 1, "earlier": 1, "absent": 1}}
+	if d := cmp.Diff(want, s.Outcome); code != exitDone || !s.Settled || d != "" {
+		t.Errorf("exit %d, -want +got\n%s%s", code, d, errs)
+	}
+	if s.Counts.Ready != 1 {
+		t.Errorf("a record counts as ready although it is another's or an earlier event's: %+v", s.Counts)
+	}
+	if _, out, _ := b.run("replay", "--resume", s.ID); !strings.Contains(out, "1 absent, 1 earlier, 1 foreign, 1 ready") {
+		t.Error(out)
+	}
+}
+
+func TestRedrive(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	now := time.Now()
+	letter := func(stage, reason string, redrives string, body any, at time.Time) {
+		h := nats.Header{
+			streams.HeaderDeadReason: {reason}, streams.HeaderDeadStage: {stage}, streams.HeaderAcceptedAt: {at.Format(time.RFC3339Nano)},
+			streams.HeaderReplay: {"before"},
+		}
+		if redrives != "" {
+			h.Set(headerRedrives, redrives)
+		}
+		b.put(streams.DeadSubject(stage, 12), h, body)
+	}
+	letter(streams.StagePrefetcher, "poison", "", event("a"), now)
+	letter(streams.StagePrefetcher, "poison", "2", event("b"), now)
+	letter(streams.StagePrefetcher, "poison", "3", event("c"), now)
+	letter(streams.StagePrefetcher, "exhausted", "", event("old"), now.Add(-23*time.Hour-time.Minute))
+	letter(streams.StagePersister, "poison", "", ready(event("d"), now), now)
+	letter(streams.StagePersister, "undecodable", "", "what is this", now)
+	left := func() (ids []string) {
+		_, out, _ := b.run("dead", "list", "--json")
+		var found []deadLetter
+		if err := json.Unmarshal([]byte(out), &found); err != nil {
+			t.Fatal(err)
+		}
+		for _, d := range found {
+			ids = append(ids, stdcmp.Or(d.RequestID, d.Reason))
+		}
+		return ids
+	}
+	for _, c := range []struct {
+		args string
+		want feedCounts
+		left string
+	}{
+		{"--stage prefetcher", feedCounts{Copied: 2, PastLife: 1, UsedUp: 1, VendorCalls: 2}, "[c old d undecodable]"},
+		{"--reason undecodable", feedCounts{Copied: 1}, "[c old d]"},
+		{"--all --rate 0", feedCounts{Copied: 1, PastLife: 1, UsedUp: 1}, "[c old]"},
+	} {
+		line := append([]string{"dead", "redrive", "--json", "--no-wait"}, strings.Fields(c.args)...)
+		before := fmt.Sprint(left())
+		_, out, errs := b.run(append(line, "--dry-run")...)
+		if d := cmp.Diff(c.want, decodeReplay(t, out).Counts); d != "" {
+			t.Errorf("%s: plan, -want +got\n%s%s", c.args, d, errs)
+		}
+		if got := fmt.Sprint(left()); got != before {
+			t.Errorf("%s: the plan left %s", c.args, got)
+		}
+		code, out, errs := b.run(line...)
+		s := decodeReplay(t, out)
+		if d := cmp.Diff(c.want, s.Counts); code != exitDone || d != "" {
+			t.Errorf("%s: exit %d, -want +got\n%s%s", c.args, code, d, errs)
+		}
+		if got := fmt.Sprint(left()); got != c.left {
+			t.Errorf("%s: left %s", c.args, got)
+		}
+		if n := len(b.copies(s.ID)); n != int(c.want.Copied) {
+			t.Errorf("%s: %d copies", c.args, n)
+		}
+	}
+	s, err := b.js.Stream(t.Context(), streams.StreamBackfill)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for seq, want := range map[uint64][2]string{1: {"fp.backfill.prefetcher.12", "1"}, 2: {"fp.backfill.prefetcher.12", "3"}, 4: {"fp.backfill.persister.12", "1"}} {
+		m, err := s.GetMsg(t.Context(), seq)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := [2]string{m.Subject, m.Header.Get(headerRedrives)}; got != want {
+			t.Errorf("%d: %s", seq, got)
+		}
+		if m.Header.Get(streams.HeaderDeadReason) != "" {
+			t.Errorf("%d: %v", seq, m.Header)
+		}
+	}
+	if code, _, _ := b.run("dead", "redrive", "--request-id", "nobody"); code != exitNone {
+		t.Errorf("exit %d", code)
+	}
+}
+
+func TestPurgeAsksFirst(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	for i, reason := range []string{"poison", "exhausted", "poison"} {
+		b.put(streams.DeadSubject(streams.StagePersister, 12), nats.Header{streams.HeaderDeadReason: {reason}}, event(fmt.Sprint("e", i)))
+	}
+	for _, c := range []struct {
+		stdin, args string
+		code        int
+		left        uint64
+	}{
+		{"n\n", "--all", exitLeft, 3},
+		{"", "--all", exitLeft, 3},
+		{"", "--reason poison --until 1h --yes", exitNone, 3},
+		{"y\n", "--reason poison", exitDone, 1},
+		{"", "--all --yes", exitDone, 0},
+		{"", "--all --yes", exitNone, 0},
+	} {
+		code, out, errs := b.answer(c.stdin, append([]string{"dead", "purge"}, strings.Fields(c.args)...)...)
+		s, err := b.js.Stream(t.Context(), streams.StreamDead)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n := s.CachedInfo().State.Msgs; code != c.code || n != c.left {
+			t.Errorf("%s: exit %d, %d left, %s%s", c.args, code, n, out, errs)
+		}
+	}
+}
+
+func TestBar(t *testing.T) {
+	t.Parallel()
+	if got := bar(50, 200, 10*time.Second, "49 copied"); got != "[######..................]  25%  49 copied, ETA 30s" {
+		t.Error(got)
+	}
+	if got := bar(0, 200, time.Second, ""); !strings.Contains(got, "ETA ?") || len(got) > 80 {
+		t.Error(got)
 	}
 }

@@ -1,12 +1,14 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
+	"slices"
 	"sort"
 	"strconv"
 	"time"
@@ -66,6 +68,56 @@ func (f *timeFlag) Set(v string) error {
 	}
 	f.Time = t
 	return nil
+}
+
+// selection says which messages a verb is about. What is empty does not matter.
+type selection struct {
+	Stage      string `json:"stage,omitempty"`
+	Subscriber int64  `json:"subscriber_id,omitempty"`
+	RequestID  string `json:"request_id,omitempty"`
+	// Reason of dead letters.
+	Reason string `json:"reason,omitempty"`
+}
+
+// declare adds the flags that every selection has.
+func (s *selection) declare(fs *flag.FlagSet) {
+	fs.StringVar(&s.Stage, "stage", "", "`stage` concerned: prefetcher or persister")
+	fs.Int64Var(&s.Subscriber, "subscriber", 0, "those of subscriber `N` alone")
+	fs.StringVar(&s.RequestID, "request-id", "", "those with this request `id` alone")
+}
+
+func (s *selection) check() error {
+	switch {
+	case s.Stage != "" && s.Stage != streams.StagePrefetcher && s.Stage != streams.StagePersister:
+		return usageError{errors.New("--stage is prefetcher or persister")}
+	case s.RequestID != "" && !streams.ValidRequestID(s.RequestID):
+		return usageError{errors.New("--request-id is no request id")}
+	case s.Subscriber < 0:
+		return usageError{errors.New("--subscriber is not negative")}
+	case s.Reason != "" && !slices.Contains(streams.DeadReasons(), streams.DeadReason(s.Reason)):
+		return usageError{fmt.Errorf("--reason is one of %v", streams.DeadReasons())}
+	}
+	return nil
+}
+
+// subject matches, in a stream, no fewer messages than the selection does.
+func (s *selection) subject(stream string) string {
+	stage := cmp.Or(s.Stage, "*")
+	switch stream {
+	case streams.StreamIngest:
+		return "fp.ingest." + subscriberToken(s.Subscriber)
+	case streams.StreamEnriched:
+		return "fp.enriched." + subscriberToken(s.Subscriber)
+	case streams.StreamBackfill:
+		return "fp.backfill." + stage + "." + subscriberToken(s.Subscriber)
+	}
+	return "fp.dead." + stage + "." + subscriberToken(s.Subscriber)
+}
+
+// matches looks at what a subject does not say.
+func (s *selection) matches(m *jetstream.RawStreamMsg) bool {
+	return (s.Reason == "" || m.Header.Get(streams.HeaderDeadReason) == s.Reason) &&
+		(s.RequestID == "" || requestID(m.Data) == s.RequestID)
 }
 
 // span is a range of a stream: sequences From to To, both included. It is
@@ -220,6 +272,22 @@ func getBatch(ctx context.Context, nc *nats.Conn, stream string, from uint64, su
 		}
 		batch = append(batch, raw)
 	}
+}
+
+// deleteMessage deletes a message by one of the stream's two ways, and reports
+// whether it was there.
+func deleteMessage(ctx context.Context, s jetstream.Stream, seq uint64, by func(context.Context, uint64) error) (bool, error) {
+	err := by(ctx, seq)
+	if err == nil {
+		return true, nil
+	}
+	// The refusal does not say why in a form to rely on.
+	if errors.Is(err, jetstream.ErrMsgDeleteUnsuccessful) {
+		if _, getErr := s.GetMsg(ctx, seq); errors.Is(getErr, jetstream.ErrMsgNotFound) {
+			return false, nil
+		}
+	}
+	return false, fmt.Errorf("delete %s %d: %w", s.CachedInfo().Config.Name, seq, err)
 }
 
 // subscriberToken is the subject token that selects a subscriber, 0 for all.

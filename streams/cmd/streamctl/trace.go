@@ -16,9 +16,7 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	"github.com/idenza/fingerprint-prefetch/streams"
-	"github.com/idenza/fingerprint-prefetch/streams/ops"
 	"github.com/idenza/fingerprint-prefetch/streams/record"
-	"github.com/idenza/fingerprint-prefetch/streams/redisclient"
 )
 
 // step is one place where an event was found.
@@ -111,23 +109,6 @@ func trace(ctx context.Context, e env, fs *flag.FlagSet, args []string) (int, er
 	t.Flush()
 	fmt.Fprintf(e.stdout, "%s: %s\n(looked from %s on)\n", r.Place, r.Why, r.Since.UTC().Format(time.RFC3339))
 	return code, nil
-}
-
-// redis returns a client of REDIS_URL, or nil when it is not set.
-func (e env) redis() (redis.UniversalClient, error) {
-	s := ops.NewSettings(e.getenv)
-	raw := s.String("REDIS_URL", "", "where the records are")
-	if err := s.Err(); err != nil {
-		return nil, fmt.Errorf("%w:\n%w", ops.ErrSettings, err)
-	}
-	if raw == "" {
-		return nil, nil
-	}
-	c, err := redisclient.New(raw)
-	if err != nil {
-		return nil, fmt.Errorf("%w:\nREDIS_URL: %w", ops.ErrSettings, err)
-	}
-	return c, nil
 }
 
 // durableOf returns the durable that finishes a message, "" for none.
