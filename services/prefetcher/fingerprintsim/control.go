@@ -27,6 +27,12 @@ func (s *Sim) handleControl() {
 			s.SetRate(in.Rate, in.Burst)
 		}
 	})
+	s.mux.HandleFunc("PUT /sim/key", func(w http.ResponseWriter, r *http.Request) {
+		var key string
+		if read(w, r, &key) {
+			s.SetKey(key)
+		}
+	})
 	s.mux.HandleFunc("PUT /sim/latency", func(w http.ResponseWriter, r *http.Request) {
 		var in struct {
 			Latency duration `json:"latency"`

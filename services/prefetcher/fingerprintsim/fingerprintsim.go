@@ -21,6 +21,7 @@
 //	curl -X PUT $SIM/sim/fault/ID -d '[{"status":404},{"status":404}]'   # one a call, then normal
 //	curl -X PUT $SIM/sim/fault/ID -d '{"status":404}'                    # always; null clears
 //	curl -X PUT $SIM/sim/rate -d '{"rate":5,"burst":15}'                 # calls a second; 0 is no limit
+//	curl -X PUT $SIM/sim/key -d '"secret"'                               # the key to require
 //	curl -X PUT $SIM/sim/latency -d '{"latency":"80ms","jitter":"40ms"}'
 package fingerprintsim
 
@@ -58,9 +59,9 @@ type Options struct {
 // Sim is the double. It is safe for concurrent use.
 type Sim struct {
 	mux *http.ServeMux
-	key string
 
 	mu       sync.Mutex
+	key      string
 	latency  time.Duration
 	jitter   time.Duration
 	rand     *rand.Rand
@@ -145,6 +146,13 @@ func (s *Sim) SetRate(perSecond float64, burst int) {
 		}
 		s.limiter = rate.NewLimiter(rate.Limit(perSecond), burst)
 	}
+}
+
+// SetKey replaces the secret key to require, as when it is rotated.
+func (s *Sim) SetKey(key string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.key = key
 }
 
 // SetLatency replaces the time an answer takes.

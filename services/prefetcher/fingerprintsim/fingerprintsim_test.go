@@ -375,10 +375,15 @@ func TestControl(t *testing.T) {
 	put("/sim/latency", `{"latency":"1ms","jitter":"1ms"}`, 200)
 	expect("a", 200)
 	put("/sim/latency", `{}`, 200)
+	put("/sim/key", `"rotated"`, 200)
+	expect("a", 403)
+	put("/sim/key", `"x"`, 200)
+	expect("a", 200)
 
 	for path, bodies := range map[string][]string{
 		"/sim/fault":   {``, `{`, `{"statsu":503}`, `{"status":100}`, `{"status":"503"}`, `{"garbage":"noise"}`, `{"delay":"1"}`, `{}{}`},
 		"/sim/fault/a": {``, `7`, `[{"statsu":404}]`},
+		"/sim/key":     {`{"key":"x"}`},
 		"/sim/rate":    {`5`, `{"rates":5}`},
 		"/sim/latency": {`{"latency":80}`},
 	} {
@@ -391,7 +396,7 @@ func TestControl(t *testing.T) {
 	var got, want any
 	if err := errors.Join(
 		json.Unmarshal(control(http.MethodGet, "/sim/stats", "").Body.Bytes(), &got),
-		json.Unmarshal([]byte(`{"calls":12,"ids":1,"by_status":{"200":4,"403":2,"404":2,"429":1,"503":3}}`), &want),
+		json.Unmarshal([]byte(`{"calls":14,"ids":1,"by_status":{"200":5,"403":3,"404":2,"429":1,"503":3}}`), &want),
 	); err != nil {
 		t.Fatal(err)
 	}
