@@ -6,6 +6,7 @@
 //	go run ./deployments/local           do the job once, then serve until Ctrl-C
 //	go run ./deployments/local --once    do the job once and exit
 //	go run ./deployments/local bench     how fast the edge is, beside bare parts
+//	go run ./deployments/local faults    break things under load, and account for every event
 //	go run ./deployments/local --help    everything else
 package main
 
@@ -19,6 +20,7 @@ import (
 	"os/signal"
 	"syscall"
 
+	"github.com/idenza/fingerprint-prefetch/deployments/local/faults"
 	"github.com/idenza/fingerprint-prefetch/streams/ops"
 )
 
@@ -34,6 +36,7 @@ const usage = `local runs the whole pipeline in one process on embedded servers.
 
   go run ./deployments/local [--once] [--data DIR] [--real]
   go run ./deployments/local bench      how fast the edge is, beside bare parts
+  go run ./deployments/local faults     break things under load, and account for every event
 
 `
 
@@ -58,6 +61,9 @@ type options struct {
 func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) int {
 	if len(args) > 0 && args[0] == "bench" {
 		return benchEdge(ctx, args[1:], stdout, stderr)
+	}
+	if len(args) > 0 && args[0] == "faults" {
+		return faults.Main(ctx, args[1:], stdout, stderr)
 	}
 	var o options
 	fs := flag.NewFlagSet("local", flag.ContinueOnError)

@@ -1,0 +1,246 @@
+//go:build unix
+
+package faults
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+)
+
+// report is what a run found.
+type report struct {
+	Seed     uint64        `json:"seed"`
+	Rate     float64       `json:"posts_per_second"`
+	Length   time.Duration `json:"length_ns"`
+	Posts    int           `json:"posts"`
+	Accepted int           `json:"accepted"`
+	Faults   []*entry      `json:"faults"`
+	Steady   []steadyEntry `json:"steady,omitempty"`
+	Skipped  []string      `json:"skipped,omitempty"`
+	Metrics  []metricsSum  `json:"metrics"`
+	Verdict  verdict       `json:"verdict"`
+	// Drain is how long the end took, Gap the longest time without a 202.
+	Drain time.Duration `json:"drain_ns"`
+	Gap   time.Duration `json:"longest_gap_ns"`
+	// Crashes are processes that ended unasked; Problems what else failed.
+	Crashes  []string `json:"crashes,omitempty"`
+	Problems []string `json:"problems,omitempty"`
+	// Dir is where everything is, when it was kept.
+	Dir string `json:"dir,omitempty"`
+}
+
+// entry is one fault as it was.
+type entry struct {
+	Name   string `json:"fault"`
+	Target string `json:"target,omitempty"`
+	// At is when it began, counted from the start of the run; For is how long
+	// it was up; mending included.
+	At  time.Duration `json:"at_ns"`
+	For time.Duration `json:"for_ns"`
+	// Gap is the longest time without a 202 from its beginning to its
+	// recovery, 10 s after its end at most.
+	Gap time.Duration `json:"gap_ns"`
+	// Recovery is from the mending until events became records at once again;
+	// -1 when that did not happen in three minutes.
+	Recovery time.Duration `json:"recovery_ns"`
+	// Posts and Accepted are those sent while it was up.
+	Posts    int `json:"posts"`
+	Accepted int `json:"accepted"`
+	// Alone is false when another fault was up at the same time: gap and
+	// recovery may be that one's.
+	Alone bool   `json:"alone"`
+	Note  string `json:"note,omitempty"`
+	Bad   bool   `json:"failed,omitempty"`
+
+	undo                  func(context.Context) error
+	at, mended, recovered time.Time
+}
+
+func (e *entry) note(err error) {
+	if err == nil {
+		return
+	}
+	e.Note = strings.TrimPrefix(e.Note+"; "+err.Error(), "; ")
+	e.Bad = e.Bad || !errors.Is(err, errPoint)
+}
+
+func (r *report) failed() bool {
+	return r.Verdict.failed() || len(r.Crashes) > 0 || len(r.Problems) > 0 ||
+		slices.ContainsFunc(r.Faults, func(e *entry) bool { return e.Bad || e.Recovery < 0 }) ||
+		slices.ContainsFunc(r.Steady, func(s steadyEntry) bool { return len(s.Missing) > 0 })
+}
+
+// finish works out the times.
+func (r *report) finish(posts []*post, begun time.Time) {
+	r.Length = time.Since(begun)
+	r.Posts = len(posts)
+	var oks []time.Time
+	for _, p := range posts {
+		if p.Answer == accepted {
+			r.Accepted++
+			oks = append(oks, p.Done)
+		}
+	}
+	slices.SortFunc(oks, time.Time.Compare)
+	for _, e := range r.Faults {
+		e.At, e.For = e.at.Sub(begun), e.mended.Sub(e.at)
+		until := e.mended.Add(10 * time.Second)
+		if e.Recovery = -1; !e.recovered.IsZero() {
+			e.Recovery = e.recovered.Sub(e.mended)
+			until = e.mended.Add(min(e.Recovery+time.Second, 10*time.Second))
+		}
+		e.Gap = longestGap(oks, e.at, until)
+		r.Gap = max(r.Gap, e.Gap)
+		for _, p := range posts {
+			if p.Sent.After(e.at) && p.Sent.Before(e.mended) {
+				e.Posts++
+				if p.Answer == accepted {
+					e.Accepted++
+				}
+			}
+		}
+	}
+}
+
+// longestGap returns the longest time between two of the sorted times, of which
+// at least a part lies between from and to.
+func longestGap(times []time.Time, from, to time.Time) (gap time.Duration) {
+	i, _ := slices.BinarySearchFunc(times, from.Add(1), time.Time.Compare)
+	for i = max(i, 1); i < len(times) && times[i-1].Before(to); i++ {
+		gap = max(gap, times[i].Sub(times[i-1]))
+	}
+	return gap
+}
+
+func (r *report) print(w io.Writer) {
+	ms := func(d time.Duration) string { return fmt.Sprintf("%.2f", d.Seconds()) }
+	fmt.Fprintf(w, "\nTimeline (seconds; * while another fault was up as well)\n\n")
+	fmt.Fprintf(w, "%8s %7s %-34s %-26s %6s %9s %10s\n", "at", "for", "fault", "target", "gap", "recovery", "accepted")
+	for _, e := range r.Faults {
+		star := "*"
+		if e.Alone {
+			star = " "
+		}
+		recovery := "never"
+		if e.Recovery >= 0 {
+			recovery = ms(e.Recovery)
+		}
+		fmt.Fprintf(w, "%8s %7s %-34s %-26s %6s%s %8s %5d/%-5d %s\n", ms(e.At), ms(e.For), e.Name, e.Target, ms(e.Gap), star, recovery, e.Accepted, e.Posts, e.Note)
+	}
+	if len(r.Steady) > 0 {
+		fmt.Fprintf(w, "\nOne fault kept up\n\n%-34s %9s %9s %9s %9s  %s\n", "fault", "posts", "accepted", "fetched", "readable", "missing")
+		for _, s := range r.Steady {
+			fmt.Fprintf(w, "%-34s %9d %9d %9d %9d  %s\n", s.Name, s.Posts, s.Accepted, s.Fetched, s.Readable, cmpOr(strings.Join(s.Missing, "; "), "nothing"))
+		}
+	}
+	fmt.Fprintf(w, "\nWhat became of every post\n\n")
+	for _, c := range classes() {
+		note := ""
+		if c.bad() && r.Verdict.Counts[c] > 0 {
+			note = "   <- FOUND"
+		}
+		fmt.Fprintf(w, "  %-12s %8d%s\n", c, r.Verdict.Counts[c], note)
+	}
+	s := r.Verdict.Sum
+	fmt.Fprintf(w, "\nConservation: %d stored = %d ready + %d negative + %d superseded + %d dead without record + %d waiting + %d missing\n",
+		s.Stored, s.Ready, s.Negative, s.Superseded, s.Dead, s.Waiting, s.Missing)
+	for _, m := range r.Metrics {
+		fmt.Fprintf(w, "Metrics, calm %s: %.0f accepted = %.0f concluded = %.0f written\n", m.Part, m.Accepted, m.Concluded, m.Written)
+	}
+	fmt.Fprintf(w, "%d faults in %v, %d posts, %d accepted, longest gap %s s, drained in %s s\n",
+		len(r.Faults), r.Length.Round(time.Second), r.Posts, r.Accepted, ms(r.Gap), ms(r.Drain))
+	for _, text := range r.Skipped {
+		fmt.Fprintln(w, "SKIPPED", text)
+	}
+	const most = 40
+	for i, f := range r.Verdict.Findings {
+		if i == most {
+			fmt.Fprintf(w, "… and %d more\n", len(r.Verdict.Findings)-most)
+			break
+		}
+		fmt.Fprintf(w, "FOUND %s %s: %s\n", f.Class, f.ID, f.Text)
+	}
+	for _, text := range slices.Concat(r.Crashes, r.Problems) {
+		fmt.Fprintln(w, "FOUND", text)
+	}
+	if !r.failed() {
+		fmt.Fprintf(w, "Nothing was found. Seed %d.\n", r.Seed)
+		return
+	}
+	fmt.Fprintf(w, "\nRepeat with --seed %d and the same lengths. Logs, streams and records are in %s\n", r.Seed, r.Dir)
+}
+
+func cmpOr(s, def string) string {
+	if s == "" {
+		return def
+	}
+	return s
+}
+
+// progress shows on a terminal how a long run goes, in one line that is written
+// over; elsewhere a line every ten seconds.
+type progress struct {
+	w        io.Writer
+	r        *runner
+	terminal bool
+
+	mu   sync.Mutex
+	what string
+}
+
+func newProgress(w io.Writer, r *runner) *progress {
+	p := &progress{w: w, r: r}
+	if f, ok := w.(*os.File); ok {
+		st, err := f.Stat()
+		p.terminal = err == nil && st.Mode()&os.ModeCharDevice != 0
+	}
+	return p
+}
+
+// say names the part of the run, when no fault is up.
+func (p *progress) say(what string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.what = what
+}
+
+func (p *progress) run(ctx context.Context) {
+	every := 10 * time.Second
+	if p.terminal {
+		every = time.Second
+	}
+	for sleep(ctx, every) {
+		p.r.mu.Lock()
+		up := make([]string, 0, len(p.r.active))
+		for name := range p.r.active {
+			up = append(up, name)
+		}
+		n := len(p.r.rep.Faults)
+		p.r.mu.Unlock()
+		slices.Sort(up)
+		what := strings.Join(up, " ")
+		if what == "" {
+			p.mu.Lock()
+			what = p.what
+			p.mu.Unlock()
+		}
+		finished, unfinished, oldest := p.r.watch.state()
+		line := fmt.Sprintf("%4.0f s  %d faults  %d posted  %d accepted  %d readable  %d not yet, the oldest %.1f s  %s",
+			time.Since(p.r.begun).Seconds(), n, p.r.load.sent.Load(), p.r.load.ok.Load(), finished, unfinished, oldest.Seconds(), what)
+		if p.terminal {
+			fmt.Fprintf(p.w, "\r\x1b[K%s", line)
+		} else {
+			fmt.Fprintln(p.w, line)
+		}
+	}
+	if p.terminal {
+		fmt.Fprint(p.w, "\r\x1b[K")
+	}
+}
