@@ -1,7 +1,7 @@
 # The same targets serve contributors and .ci/run. Everything but redis-server
 # comes through Go.
 
-MODULES     := streams services/ingest services/prefetcher services/persister deployments/local deployments/k8s
+MODULES     := streams services/ingest services/prefetcher services/persister deployments/local deployments/k8s deployments/monitoring
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 BENCH       ?= .
 

@@ -146,7 +146,8 @@ func firstYounger(ctx context.Context, s jetstream.Stream, state jetstream.Strea
 }
 
 // RunExporter serves the lag of every durable and the fill of every stream on
-// reg, and makes room in streams under pressure, until ctx is done.
+// reg, makes room in streams under pressure, and sends heartbeats, until ctx is
+// done.
 func RunExporter(ctx context.Context, js jetstream.JetStream, log *slog.Logger, reg prometheus.Registerer, keepEnriched time.Duration) {
 	var refs []StreamRef
 	for _, d := range Definition(Limits{}) {
@@ -158,6 +159,7 @@ func RunExporter(ctx context.Context, js jetstream.JetStream, log *slog.Logger, 
 	}
 	var wg sync.WaitGroup
 	wg.Go(func() { NewLagCollector(js, log, reg, refs...).Run(ctx) })
+	wg.Go(func() { RunHeartbeat(ctx, NewPublisher(js, reg), log, reg) })
 	wg.Go(func() { NewJanitor(js, log, reg, keepEnriched).Run(ctx) })
 	wg.Wait()
 }

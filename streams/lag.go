@@ -28,6 +28,9 @@ type Lag struct {
 	Undelivered time.Time
 	// Paused: an operator told the server to deliver nothing for a while.
 	Paused bool
+	// Delivered is the sequence of the last message handed out. While it
+	// stands still and Undelivered grows, nobody asks for messages.
+	Delivered uint64
 }
 
 // Messages is the number of unfinished messages.
@@ -70,6 +73,7 @@ func readLag(ctx context.Context, s jetstream.Stream, durable string) (Lag, uint
 	}
 	info := c.CachedInfo()
 	l.Pending, l.InFlight, l.Paused = info.NumPending, uint64(max(info.NumAckPending, 0)), info.Paused
+	l.Delivered = info.Delivered.Stream
 	// The ack floor alone does not say: it stays behind after deletions.
 	if l.Messages() == 0 {
 		return l, 0, nil
@@ -124,8 +128,8 @@ type LagCollector struct {
 	errors  prometheus.Counter
 	expired *prometheus.CounterVec
 
-	pending, inFlight, seconds, undelivered, paused *prometheus.Desc
-	messages, size, limit, maxAge, success          *prometheus.Desc
+	pending, inFlight, seconds, undelivered, delivered, paused *prometheus.Desc
+	messages, size, limit, maxAge, stored, success             *prometheus.Desc
 }
 
 // reading is a durable's lag and the sequence of its oldest message.
@@ -154,11 +158,13 @@ func NewLagCollector(js jetstream.JetStream, log *slog.Logger, reg prometheus.Re
 		inFlight:    desc("fp_consumer_ack_pending_messages", "Messages delivered and not acknowledged yet.", "stream", "consumer"),
 		seconds:     desc("fp_consumer_lag_seconds", "Age of the oldest message that is not acknowledged, at scrape time.", "stream", "consumer"),
 		undelivered: desc("fp_consumer_undelivered_seconds", "Age of the oldest message that was never delivered, at scrape time.", "stream", "consumer"),
+		delivered:   desc("fp_consumer_delivered_sequence", "Sequence in the stream of the last message handed to anyone. It stands still while nobody asks.", "stream", "consumer"),
 		paused:      desc("fp_consumer_paused", "1 while an operator has paused the durable on the server.", "stream", "consumer"),
 		messages:    desc("fp_stream_messages", "Messages in the stream, finished ones included.", "stream"),
 		size:        desc("fp_stream_size_bytes", "Size of the stream as the server counts it against its limit.", "stream"),
 		limit:       desc("fp_stream_limit_bytes", "Size at which the stream refuses messages; 0 without a limit.", "stream"),
 		maxAge:      desc("fp_stream_max_age_seconds", "Age at which the stream drops messages, finished or not; 0 for never.", "stream"),
+		stored:      desc("fp_stream_last_sequence", "Messages ever stored: survives restarts of whoever published, and purges.", "stream"),
 		success:     desc("fp_stream_collector_last_success_timestamp_seconds", "When everything was last read completely."),
 	}
 	for _, ref := range refs {
@@ -253,7 +259,7 @@ func (c *LagCollector) keep(stream *jetstream.StreamInfo, now reading) {
 
 // Describe implements prometheus.Collector.
 func (c *LagCollector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{c.pending, c.inFlight, c.seconds, c.undelivered, c.paused, c.messages, c.size, c.limit, c.maxAge, c.success} {
+	for _, d := range []*prometheus.Desc{c.pending, c.inFlight, c.seconds, c.undelivered, c.delivered, c.paused, c.messages, c.size, c.limit, c.maxAge, c.stored, c.success} {
 		ch <- d
 	}
 }
@@ -271,6 +277,7 @@ func (c *LagCollector) Collect(ch chan<- prometheus.Metric) {
 		gauge(c.inFlight, float64(l.InFlight), l.Stream, l.Durable)
 		gauge(c.seconds, l.Seconds(now), l.Stream, l.Durable)
 		gauge(c.undelivered, l.UndeliveredSeconds(now), l.Stream, l.Durable)
+		gauge(c.delivered, float64(l.Delivered), l.Stream, l.Durable)
 		paused := 0.0
 		if l.Paused {
 			paused = 1
@@ -281,6 +288,7 @@ func (c *LagCollector) Collect(ch chan<- prometheus.Metric) {
 		gauge(c.messages, float64(s.State.Msgs), name)
 		gauge(c.size, float64(s.State.Bytes), name)
 		gauge(c.limit, float64(max(s.Config.MaxBytes, 0)), name)
+		gauge(c.stored, float64(s.State.LastSeq), name)
 		gauge(c.maxAge, s.Config.MaxAge.Seconds(), name)
 	}
 	if !c.at.IsZero() {

@@ -3,6 +3,8 @@ package streams
 import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promauto"
+
+	"github.com/idenza/fingerprint-prefetch/streams/ops"
 )
 
 // ConsumerMetrics are the metrics of every consumer of a process.
@@ -22,8 +24,8 @@ func NewConsumerMetrics(reg prometheus.Registerer) *ConsumerMetrics {
 	gauge := func(name, help string, labels ...string) *prometheus.GaugeVec {
 		return f.NewGaugeVec(prometheus.GaugeOpts{Name: name, Help: help}, append([]string{"consumer"}, labels...))
 	}
-	histogram := func(name, help string, buckets []float64) *prometheus.HistogramVec {
-		return f.NewHistogramVec(prometheus.HistogramOpts{Name: name, Help: help, Buckets: buckets, NativeHistogramBucketFactor: 1.1}, []string{"consumer"})
+	histogram := func(name, help string, bounds ...float64) *prometheus.HistogramVec {
+		return f.NewHistogramVec(ops.Histogram(name, help, bounds...), []string{"consumer"})
 	}
 	return &ConsumerMetrics{
 		received:    counter("fp_stage_received_total", "Messages delivered to this process."),
@@ -34,8 +36,8 @@ func NewConsumerMetrics(reg prometheus.Registerer) *ConsumerMetrics {
 		inHand:      gauge("fp_stage_inflight_events", "Messages this process holds."),
 		parked:      gauge("fp_stage_parked_events", "Those of them that wait for another look."),
 		holding:     gauge("fp_stage_holding", "1 while the stage holds for this cause.", "cause"),
-		queueWait:   histogram("fp_stage_queue_wait_seconds", "From the stream storing a message to its delivery here.", []float64{.001, .005, .025, .1, .5, 1, 2.5, 5, 15, 60, 300, 1800, 7200, 86400}),
-		duration:    histogram("fp_stage_processing_duration_seconds", "One handler call, dead letters included.", []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30}),
+		queueWait:   histogram("fp_stage_queue_wait_seconds", "From the stream storing a message to its delivery here.", .001, .005, .025, .1, .5, 1, 2.5, 5, 15, 60, 300, 1800, 7200, 86400),
+		duration:    histogram("fp_stage_processing_duration_seconds", "One handler call, dead letters included.", .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30),
 	}
 }
 

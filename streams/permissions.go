@@ -12,7 +12,8 @@ import (
 // The NATS users besides the stages, which are called like their service.
 const (
 	UserIngest = "ingest"
-	// UserExporter watches every stream and purges what is finished.
+	// UserExporter watches every stream, purges what is finished, and sends
+	// heartbeats.
 	UserExporter = "exporter"
 	// UserStreamctl creates streams and durables, replays and erases.
 	UserStreamctl = "streamctl"
@@ -70,6 +71,7 @@ func AllPermissions() []Permissions {
 		switch stream {
 		case StreamIngest:
 			ingest.Publish = append(ingest.Publish, d.Stream.Subjects...)
+			exporter.Publish = append(exporter.Publish, IngestSubject(HeartbeatSubscriber))
 		case StreamEnriched:
 			prefetcher.Publish = append(prefetcher.Publish, d.Stream.Subjects...)
 		case StreamBackfill:

@@ -82,17 +82,19 @@ func TestPermissionsRefuseAllElse(t *testing.T) {
 	t.Parallel()
 	g := newGuardedNATS(t)
 	publish := map[string]string{
-		"fp.ingest.7":              "ingest",
-		"fp.ingest":                "",
-		"fp.ingest.7.8":            "",
-		"fp.enriched.7":            "prefetcher",
-		"fp.backfill.prefetcher.7": "prefetcher streamctl",
-		"fp.backfill.persister.7":  "streamctl",
-		"fp.dead.prefetcher.7":     "prefetcher",
-		"fp.dead.persister.7":      "persister",
-		"fp.other":                 "",
-		"_INBOX_ingest.x":          "",
-		"_INBOX_prefetcher.x":      "",
+		"fp.ingest.7": "ingest",
+		"fp.ingest":   "",
+		// The heartbeats' subscriber, whom no client can name.
+		"fp.ingest.9007199254740992": "ingest exporter",
+		"fp.ingest.7.8":              "",
+		"fp.enriched.7":              "prefetcher",
+		"fp.backfill.prefetcher.7":   "prefetcher streamctl",
+		"fp.backfill.persister.7":    "streamctl",
+		"fp.dead.prefetcher.7":       "prefetcher",
+		"fp.dead.persister.7":        "persister",
+		"fp.other":                   "",
+		"_INBOX_ingest.x":            "",
+		"_INBOX_prefetcher.x":        "",
 
 		"$JS.ACK.FP_INGEST.prefetcher.1.1.1.1.0":             "prefetcher",
 		"$JS.ACK._.hash.FP_INGEST.prefetcher.1.1.1.1.0":      "prefetcher",
@@ -227,6 +229,16 @@ func TestPermissionsAreEnough(t *testing.T) {
 	if n := dead.CachedInfo().State.Msgs; n != 5 {
 		t.Errorf("%d dead letters, want one of each durable", n)
 	}
+	// A heartbeat needs no more than its one subject.
+	beat, stopBeat := context.WithCancel(ctx)
+	reg := prometheus.NewRegistry()
+	go streams.RunHeartbeat(beat, streams.NewPublisher(g.connect(streams.UserExporter).JS, reg), streamstest.Logger(t), reg)
+	streamstest.Eventually(t, "a heartbeat", func() bool {
+		_, sent := metric(t, reg, "fp_stage_heartbeat_timestamp_seconds", "exporter")
+		return sent
+	})
+	stopBeat()
+
 	operator := g.connect(streams.UserOperator)
 	if changes, err := streams.Diff(ctx, operator.JS, streams.Limits{}); err != nil || len(changes) != 0 {
 		t.Errorf("operator's diff: %v, %v", changes, err)

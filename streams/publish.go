@@ -14,6 +14,8 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promauto"
+
+	"github.com/idenza/fingerprint-prefetch/streams/ops"
 )
 
 // Headers of ours. Request ids and the like stay in the body.
@@ -86,20 +88,13 @@ func NewPublisher(js jetstream.JetStream, reg prometheus.Registerer) *Publisher 
 		total: f.NewCounterVec(prometheus.CounterOpts{
 			Name: "fp_publishes_total", Help: "Messages published, by what the stream answered in the end.",
 		}, []string{"outcome"}),
-		duration: f.NewHistogram(prometheus.HistogramOpts{
-			Name: "fp_publish_duration_seconds", Help: "Time until the stream's ack or the last attempt's end.",
-			Buckets: fastBuckets(), NativeHistogramBucketFactor: 1.1,
-		}),
+		duration: f.NewHistogram(ops.Histogram("fp_publish_duration_seconds", "Time until the stream's ack or the last attempt's end.",
+			.0002, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5)),
 	}
 	for _, o := range publishOutcomes {
 		p.total.WithLabelValues(o)
 	}
 	return p
-}
-
-// fastBuckets fit calls within a data centre: 0.2 ms to 5 s.
-func fastBuckets() []float64 {
-	return []float64{.0002, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5}
 }
 
 // Publish stores m and returns once the stream has acknowledged it. It makes

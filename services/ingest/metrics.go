@@ -5,6 +5,8 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promauto"
+
+	"github.com/idenza/fingerprint-prefetch/streams/ops"
 )
 
 // outcome is how a request ended: a closed set, used as a metric label.
@@ -49,13 +51,8 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		requests: f.NewCounterVec(prometheus.CounterOpts{
 			Name: "fp_ingest_requests_total", Help: "Requests answered, by outcome.",
 		}, []string{"outcome"}),
-		duration: f.NewHistogramVec(prometheus.HistogramOpts{
-			Name: "fp_ingest_request_duration_seconds", Help: "Time from a request's headers to its answer, by outcome.",
-			Buckets:                         []float64{.0002, .0005, .001, .002, .005, .01, .025, .05, .1, .25, .5, 1, 2},
-			NativeHistogramBucketFactor:     1.1,
-			NativeHistogramMaxBucketNumber:  160,
-			NativeHistogramMinResetDuration: time.Hour,
-		}, []string{"outcome"}),
+		duration: f.NewHistogramVec(ops.Histogram("fp_ingest_request_duration_seconds", "Time from a request's headers to its answer, by outcome.",
+			.0002, .0005, .001, .002, .005, .01, .025, .05, .1, .25, .5, 1, 2), []string{"outcome"}),
 		inflight: f.NewGauge(prometheus.GaugeOpts{
 			Name: "fp_ingest_inflight_requests", Help: "Requests being handled now.",
 		}),

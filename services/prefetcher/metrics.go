@@ -6,6 +6,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promauto"
 
+	"github.com/idenza/fingerprint-prefetch/streams"
+	"github.com/idenza/fingerprint-prefetch/streams/ops"
 	"github.com/idenza/fingerprint-prefetch/streams/record"
 )
 
@@ -17,27 +19,21 @@ type metrics struct {
 	moved     *prometheus.CounterVec
 	skipped   *prometheus.CounterVec
 	coalesced prometheus.Counter
-}
-
-// vendorBuckets fit calls over the internet that are cut off at 5 s.
-func vendorBuckets() []float64 {
-	return []float64{.01, .025, .05, .1, .2, .3, .5, .75, 1, 1.5, 2, 3, 5, 10}
+	heartbeat func(sent time.Time)
 }
 
 func newMetrics(reg prometheus.Registerer, q *quota) *metrics {
 	f := promauto.With(reg)
 	m := &metrics{
+		heartbeat: streams.HeartbeatGauge(reg, streams.StagePrefetcher),
 		calls: f.NewCounterVec(prometheus.CounterOpts{
 			Name: "fp_prefetch_calls_total", Help: "Calls to the vendor by what the answer means.",
 		}, []string{"outcome"}),
-		duration: f.NewHistogramVec(prometheus.HistogramOpts{
-			Name: "fp_prefetch_call_duration_seconds", Help: "One call to the vendor, body included.",
-			Buckets: vendorBuckets(), NativeHistogramBucketFactor: 1.1,
-		}, []string{"outcome"}),
-		wait: f.NewHistogram(prometheus.HistogramOpts{
-			Name: "fp_prefetch_quota_wait_seconds", Help: "Waiting for the quota before a call.",
-			Buckets: []float64{.001, .01, .1, .25, .5, 1, 2.5, 5, 10, 30, 60}, NativeHistogramBucketFactor: 1.1,
-		}),
+		duration: f.NewHistogramVec(ops.Histogram("fp_prefetch_call_duration_seconds", "One call to the vendor, body included.",
+			// For calls over the internet that are cut off at 5 s.
+			.01, .025, .05, .1, .2, .3, .5, .75, 1, 1.5, 2, 3, 5, 10), []string{"outcome"}),
+		wait: f.NewHistogram(ops.Histogram("fp_prefetch_quota_wait_seconds", "Waiting for the quota before a call.",
+			.001, .01, .1, .25, .5, 1, 2.5, 5, 10, 30, 60)),
 		results: f.NewCounterVec(prometheus.CounterOpts{
 			Name: "fp_prefetch_results_total", Help: "Events that reached their end here, by status and reason.",
 		}, []string{"status", "reason"}),

@@ -8,7 +8,7 @@
 //	streamctl replay   have a stage see events again
 //	streamctl pause    stop deliveries to a durable for a while
 //	streamctl resume   end a pause
-//	streamctl exporter serve every durable's lag, and make room in full streams
+//	streamctl exporter serve every durable's lag, make room in full streams, send heartbeats
 //
 // It reaches NATS by the same NATS_* settings as the services. Results go to
 // standard output, everything else to standard error. Exit codes:
@@ -91,7 +91,7 @@ func verbs() []verb {
 		{"replay", "--stage STAGE --since TIME [--until TIME] [--only-missing] [--dry-run] [--rate N] [--json] | --resume ID", "have a stage see events again, behind live traffic", replay},
 		{"pause", "DURABLE --for 1h|--until TIME [--json]", "have the server deliver nothing to a durable for a while; status shows it", pause},
 		{"resume", "DURABLE [--json]", "end a pause", resume},
-		{"exporter", "", "serve the lag of every durable on OPS_ADDR (:9104), and purge finished history from streams that fill up; settings as a service's", exporter},
+		{"exporter", "", "serve the lag of every durable on OPS_ADDR (:9104), purge finished history from streams that fill up, and send heartbeats; settings as a service's", exporter},
 	}
 }
 

@@ -1,0 +1,4 @@
+// Command monitoring writes the Prometheus rules and Grafana dashboards.
+package main
+
+func main() {}
