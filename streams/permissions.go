@@ -38,11 +38,7 @@ type Permissions struct {
 func AllPermissions() []Permissions {
 	ingest := Permissions{User: UserIngest, Publish: []string{"$JS.API.STREAM.INFO." + StreamIngest}}
 	prefetcher, persister := Permissions{User: StagePrefetcher}, Permissions{User: StagePersister}
-	exporter := Permissions{
-		User: UserExporter, Publish: []string{"$JS.API.INFO"},
-		// It is a verb of streamctl and shares that command's inbox prefix.
-		Subscribe: []string{inbox(UserStreamctl), "$JS.EVENT.ADVISORY.>"},
-	}
+	exporter := Permissions{User: UserExporter, Publish: []string{"$JS.API.INFO"}}
 	admin := Permissions{User: UserStreamctl, Publish: []string{"$JS.API.INFO", "$JS.API.STREAM.NAMES", "$JS.API.STREAM.LIST"}}
 	// The state of replays is a key-value bucket, which is a stream.
 	admin.Publish = append(admin.Publish, "$KV.FP_REPLAYS.>", "$JS.API.STREAM.CREATE.KV_FP_REPLAYS", "$JS.API.STREAM.INFO.KV_FP_REPLAYS", "$JS.API.DIRECT.GET.KV_FP_REPLAYS.>")

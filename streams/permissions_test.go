@@ -134,7 +134,7 @@ func TestPermissionsRefuseAllElse(t *testing.T) {
 		"_INBOX_prefetcher.x":          "prefetcher",
 		"_INBOX_persister.x":           "persister",
 		"_INBOX_exporter.x":            "exporter",
-		"_INBOX_streamctl.x":           "exporter streamctl",
+		"_INBOX_streamctl.x":           "streamctl",
 		"_INBOX_operator.x":            "operator",
 		"_INBOX.x":                     "",
 		"fp.ingest.7":                  "",
@@ -142,7 +142,7 @@ func TestPermissionsRefuseAllElse(t *testing.T) {
 		">":                            "",
 		"$JS.API.>":                    "",
 		"$SYS.>":                       "",
-		"$JS.EVENT.ADVISORY.API":       "exporter operator",
+		"$JS.EVENT.ADVISORY.API":       "operator",
 		"$JS.ACK.FP_INGEST.prefetcher": "",
 	}
 	for _, p := range streams.AllPermissions() {

@@ -21,7 +21,7 @@ func exporterProgram() ops.Program[exporterConfig] {
 	return ops.Program[exporterConfig]{
 		Name: "exporter", Summary: "serves the lag of every durable, purges finished history from streams that fill up, and sends heartbeats", OpsAddr: ":9104",
 		Config: func(s *ops.Settings) exporterConfig {
-			return exporterConfig{streams.ReadConnectConfig(s, streams.UserStreamctl), s.Duration("RECORD_TTL", 24*time.Hour, time.Minute, 72*time.Hour, "life of a record, as the persister has it: FP_ENRICHED younger than this is never purged")}
+			return exporterConfig{streams.ReadConnectConfig(s, streams.UserExporter), s.Duration("RECORD_TTL", 24*time.Hour, time.Minute, 72*time.Hour, "life of a record, as the persister has it: FP_ENRICHED younger than this is never purged")}
 		},
 		Run: func(ctx context.Context, cfg exporterConfig, p *ops.Process) error {
 			conn, err := streams.Connect(cfg.nats, p.Log, p.Registry)
