@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -64,6 +65,8 @@ type pipeline struct {
 	redis *streamstest.Redis
 	rdb   *redis.Client
 	sim   *fingerprintsim.Sim
+	// servers returns the settings by which a service reaches NATS and Redis.
+	servers func(service string) []string
 
 	apiKey    string
 	ingestURL string
@@ -74,8 +77,9 @@ type pipeline struct {
 // process is one service.
 type process struct {
 	name string
-	// binary is the command's name, if it is not name.
+	// binary is the command's name, if it is not name, and args its arguments.
 	binary string
+	args   []string
 
 	ops string
 	env []string
@@ -84,14 +88,28 @@ type process struct {
 
 func newPipeline(t *testing.T) *pipeline {
 	t.Helper()
+	nats, rs := streamstest.NewEmptyNATS(t), streamstest.NewRedis(t)
+	p := newPipelineAt(t, func(service string) []string {
+		env := []string{"NATS_URL=" + nats.URL}
+		if service == "persister" {
+			env = append(env, "REDIS_URL="+rs.URL())
+		}
+		return env
+	})
+	p.nats, p.redis, p.rdb = nats, rs, redisClient(t, rs.URL())
+	return p
+}
+
+// newPipelineAt returns the services at servers of the caller's.
+func newPipelineAt(t *testing.T, servers func(service string) []string) *pipeline {
+	t.Helper()
 	if _, err := build(); err != nil {
 		t.Fatal(err)
 	}
 	p := &pipeline{
-		t: t, nats: streamstest.NewEmptyNATS(t), redis: streamstest.NewRedis(t),
+		t: t, servers: servers,
 		sim: fingerprintsim.New(fingerprintsim.Options{Key: "sim"}), logs: t.Output(), procs: map[string]*process{},
 	}
-	p.rdb = redisClient(t, p.redis.URL())
 	sim := httptest.NewServer(p.sim)
 	t.Cleanup(sim.Close)
 
@@ -112,24 +130,32 @@ func newPipeline(t *testing.T) *pipeline {
 	p.ingestURL = "http://" + addr
 	p.add("ingest", "INGEST_ADDR="+addr, "INGEST_API_KEYS_FILE="+keys, "SHUTDOWN_GRACE=0s")
 	p.add("prefetcher", "FINGERPRINT_BASE_URL="+sim.URL, "FINGERPRINT_API_KEY=sim", "FINGERPRINT_RATE_LIMIT=0", "FINGERPRINT_TIMEOUT=1s")
-	p.add("persister", "REDIS_URL="+p.redis.URL())
+	p.add("persister")
 	return p
 }
 
 func (p *pipeline) add(name string, env ...string) {
 	addr := streamstest.FreeAddr(p.t)
-	p.procs[name] = &process{name: name, ops: addr, env: append(env, "NATS_URL="+p.nats.URL, "OPS_ADDR="+addr, "LOG_FORMAT=text")}
+	p.procs[name] = &process{name: name, ops: addr, env: slices.Concat(env, p.servers(name), []string{"OPS_ADDR=" + addr, "LOG_FORMAT=text"})}
 }
 
 // apply does what an operator does once: streamctl apply.
 func (p *pipeline) apply() {
 	p.t.Helper()
+	p.streamctl("apply")
+}
+
+// streamctl runs the operators' tool and returns all it printed.
+func (p *pipeline) streamctl(args ...string) string {
+	p.t.Helper()
 	dir, _ := build()
-	cmd := exec.Command(filepath.Join(dir, "streamctl"), "apply")
-	cmd.Env = []string{"NATS_URL=" + p.nats.URL}
-	if out, err := cmd.CombinedOutput(); err != nil {
-		p.t.Fatalf("streamctl apply: %v\n%s", err, out)
+	cmd := exec.Command(filepath.Join(dir, "streamctl"), args...)
+	cmd.Env = p.servers("streamctl")
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		p.t.Fatalf("streamctl %v: %v\n%s", args, err, out)
 	}
+	return string(out)
 }
 
 func (p *pipeline) start(names ...string) {
@@ -137,7 +163,7 @@ func (p *pipeline) start(names ...string) {
 	dir, _ := build()
 	for _, name := range names {
 		pr := p.procs[name]
-		cmd := exec.Command(filepath.Join(dir, cmp.Or(pr.binary, name)))
+		cmd := exec.Command(filepath.Join(dir, cmp.Or(pr.binary, name)), pr.args...)
 		cmd.Env = pr.env
 		cmd.Stdout, cmd.Stderr = p.logs, p.logs
 		if err := cmd.Start(); err != nil {
@@ -239,7 +265,11 @@ func (p *pipeline) metric(service, series string) float64 {
 // ready record or is in FP_DEAD, and nothing waits.
 func (p *pipeline) accounted(accepted map[string]bool) {
 	p.t.Helper()
-	conn := p.nats.Connect("test")
+	p.accountedAt(p.nats.Connect("test"), accepted)
+}
+
+func (p *pipeline) accountedAt(conn *streams.Conn, accepted map[string]bool) {
+	p.t.Helper()
 	streamstest.Eventually(p.t, "nothing to wait", func() bool {
 		for _, ref := range [][2]string{{streams.StreamIngest, streams.DurablePrefetcher}, {streams.StreamEnriched, streams.DurablePersister}} {
 			l, err := streams.ReadLag(p.t.Context(), conn.JS, ref[0], ref[1])

@@ -1,0 +1,220 @@
+package main
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"fmt"
+	"math/big"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats-server/v2/server"
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/idenza/fingerprint-prefetch/streams"
+	"github.com/idenza/fingerprint-prefetch/streams/streamstest"
+)
+
+// authority is a CA as an operator would have it: it signs the servers and the
+// services of one deployment and nothing else.
+type authority struct {
+	t    *testing.T
+	cert *x509.Certificate
+	key  *ecdsa.PrivateKey
+}
+
+func newAuthority(t *testing.T) *authority {
+	t.Helper()
+	a := &authority{t: t}
+	a.cert, a.key = a.sign(&x509.Certificate{
+		Subject: pkix.Name{CommonName: "test CA"}, IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+	})
+	return a
+}
+
+func (a *authority) sign(tmpl *x509.Certificate) (*x509.Certificate, *ecdsa.PrivateKey) {
+	a.t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	if tmpl.SerialNumber, err = rand.Int(rand.Reader, big.NewInt(1<<62)); err != nil {
+		a.t.Fatal(err)
+	}
+	tmpl.NotBefore, tmpl.NotAfter = time.Now().Add(-time.Hour), time.Now().Add(time.Hour)
+	parent, signer := a.cert, a.key
+	if parent == nil {
+		parent, signer = tmpl, key
+	}
+	der, err := x509.CreateCertificate(rand.Reader, tmpl, parent, &key.PublicKey, signer)
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	return cert, key
+}
+
+// issue writes a Secret's three files to dir: a certificate for the names, its
+// key and the CA.
+func (a *authority) issue(dir string, names ...string) {
+	a.t.Helper()
+	cert, key := a.sign(&x509.Certificate{
+		DNSNames: names, KeyUsage: x509.KeyUsageDigitalSignature,
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
+	})
+	der, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		a.t.Fatal(err)
+	}
+	for name, block := range map[string]*pem.Block{
+		"tls.crt": {Type: "CERTIFICATE", Bytes: cert.Raw},
+		"tls.key": {Type: "PRIVATE KEY", Bytes: der},
+		"ca.crt":  {Type: "CERTIFICATE", Bytes: a.cert.Raw},
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), pem.EncodeToMemory(block), 0o600); err != nil {
+			a.t.Fatal(err)
+		}
+	}
+}
+
+// shippedNATS is a cluster of three nats-server processes that run the
+// configuration of deployments/k8s. Paths, ports and addresses are its own;
+// the name "localhost" stands for those of the pods.
+type shippedNATS struct {
+	t   *testing.T
+	dir string
+	*authority
+	nodes map[string]*natsNode
+}
+
+type natsNode struct {
+	addr, cluster, conf string
+	cmd                 *exec.Cmd
+}
+
+func newShippedNATS(t *testing.T) *shippedNATS {
+	t.Helper()
+	if _, err := build(); err != nil {
+		t.Fatal(err)
+	}
+	n := &shippedNATS{t: t, dir: t.TempDir(), authority: newAuthority(t), nodes: map[string]*natsNode{}}
+	n.issue(filepath.Join(n.dir, "server"), "localhost")
+	for _, p := range streams.AllPermissions() {
+		n.issue(filepath.Join(n.dir, p.User), p.User)
+	}
+	shipped := readFile(t, "../k8s/components/nats/nats.conf")
+	routes := []string{}
+	for i := range 3 {
+		name := fmt.Sprint("nats-", i)
+		n.nodes[name] = &natsNode{addr: streamstest.FreeAddr(t), cluster: streamstest.FreeAddr(t), conf: filepath.Join(n.dir, name+".conf")}
+		routes = append(routes, name+".nats-headless:6222", localhost(n.nodes[name].cluster))
+	}
+	for name, node := range n.nodes {
+		conf := strings.NewReplacer(append(routes,
+			"$POD_NAME", name,
+			"0.0.0.0:4222", node.addr, "0.0.0.0:6222", node.cluster, "0.0.0.0:8222", streamstest.FreeAddr(t),
+			"/run/secrets/nats", filepath.Join(n.dir, "server"),
+			"/run/nats", n.dir, "nats.pid", name+".pid",
+			"/data", filepath.Join(n.dir, name),
+		)...).Replace(shipped)
+		for _, left := range []string{"0.0.0.0", "/run/secrets", "headless"} {
+			if strings.Contains(conf, left) {
+				t.Fatalf("nats.conf still says %s", left)
+			}
+		}
+		if err := os.WriteFile(node.conf, []byte(conf), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.WriteFile(filepath.Join(n.dir, "users.conf"), []byte(readFile(t, "../k8s/components/nats/users.conf")), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for name, node := range n.nodes {
+		opts, err := server.ProcessConfigFile(node.conf)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !opts.SyncAlways || !opts.TLSMap || !opts.Cluster.TLSCheckKnownURLs || opts.ServerName != name {
+			t.Fatalf("%s: sync always %v, users from certificates %v, routes from known names %v", opts.ServerName, opts.SyncAlways, opts.TLSMap, opts.Cluster.TLSCheckKnownURLs)
+		}
+		n.start(name)
+	}
+	return n
+}
+
+func readFile(t *testing.T, name string) string {
+	t.Helper()
+	b, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
+// localhost gives an address by the name in the servers' certificate.
+func localhost(addr string) string {
+	_, port, _ := net.SplitHostPort(addr)
+	return net.JoinHostPort("localhost", port)
+}
+
+func (n *shippedNATS) start(name string) {
+	n.t.Helper()
+	dir, _ := build()
+	cmd := exec.Command(filepath.Join(dir, "nats-server"), "--config", n.nodes[name].conf)
+	cmd.Stdout, cmd.Stderr = n.t.Output(), n.t.Output()
+	if err := cmd.Start(); err != nil {
+		n.t.Fatal(err)
+	}
+	n.nodes[name].cmd = cmd
+	n.t.Cleanup(func() {
+		_ = cmd.Process.Kill() // may have ended already
+		_ = cmd.Wait()
+	})
+}
+
+// config is how a user reaches the cluster: by its certificate, whatever its
+// service calls itself.
+func (n *shippedNATS) config(user string) streams.ConnectConfig {
+	urls := []string{}
+	for _, node := range n.nodes {
+		urls = append(urls, "tls://"+localhost(node.addr))
+	}
+	dir := filepath.Join(n.dir, user)
+	return streams.ConnectConfig{
+		Name: user, URL: strings.Join(urls, ","),
+		CAFile: filepath.Join(dir, "ca.crt"), CertFile: filepath.Join(dir, "tls.crt"), KeyFile: filepath.Join(dir, "tls.key"),
+	}
+}
+
+// env is config as settings of a service.
+func (n *shippedNATS) env(user string) []string {
+	c := n.config(user)
+	return []string{"NATS_URL=" + c.URL, "NATS_CA_FILE=" + c.CAFile, "NATS_CERT_FILE=" + c.CertFile, "NATS_KEY_FILE=" + c.KeyFile}
+}
+
+// connect connects as a user for the length of the test.
+func (n *shippedNATS) connect(t *testing.T, user string) *streams.Conn {
+	t.Helper()
+	c, err := streams.Connect(n.config(user), streamstest.Logger(t), prometheus.NewRegistry())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(c.Close)
+	streamstest.Eventually(t, "connection of "+user, c.NC.IsConnected)
+	return c
+}
