@@ -36,14 +36,15 @@ func TestEnsureCreatesWhatIsDocumented(t *testing.T) {
 		"FP_ENRICHED": {"fp.enriched.*", 72 * time.Hour, 512 * kib, 4 * gib, map[string]string{"persister": "fp.enriched.*"}},
 		"FP_BACKFILL": {"fp.backfill.*.*", 72 * time.Hour, 512 * kib, 1 * gib, map[string]string{
 			"prefetcher-backfill": "fp.backfill.prefetcher.*", "persister-backfill": "fp.backfill.persister.*"}},
-		"FP_DEAD": {"fp.dead.*.*", 7 * 24 * time.Hour, 640 * kib, 1 * gib, map[string]string{}},
+		"FP_DEAD":  {"fp.dead.*.*", 7 * 24 * time.Hour, 640 * kib, 1 * gib, map[string]string{}},
+		"FP_AUDIT": {"fp.audit.*", 365 * 24 * time.Hour, 64 * kib, gib / 4, map[string]string{}},
 	}
 	got := map[string]stream{}
 	list := js.ListStreams(t.Context())
 	for info := range list.Info() {
 		c := info.Config
 		if c.Storage != jetstream.FileStorage || c.Compression != jetstream.S2Compression || c.Retention != jetstream.LimitsPolicy ||
-			c.Discard != jetstream.DiscardNew || c.Duplicates != 10*time.Minute || !c.AllowDirect || c.DenyDelete || c.DenyPurge || c.NoAck ||
+			c.Discard != jetstream.DiscardNew || c.Duplicates != 10*time.Minute || !c.AllowDirect || c.DenyDelete != (c.Name == streams.StreamAudit) || c.DenyPurge != c.DenyDelete || c.NoAck ||
 			c.Replicas != 1 || c.MaxMsgs != -1 || c.MaxMsgsPerSubject != -1 || c.DiscardNewPerSubject {
 			t.Errorf("%s: %+v", c.Name, c)
 		}
@@ -83,6 +84,7 @@ func TestEnsureIsIdempotent(t *testing.T) {
 		{Object: "FP_ENRICHED"}, {Object: "FP_ENRICHED/persister"},
 		{Object: "FP_BACKFILL"}, {Object: "FP_BACKFILL/prefetcher-backfill"}, {Object: "FP_BACKFILL/persister-backfill"},
 		{Object: "FP_DEAD"},
+		{Object: "FP_AUDIT"},
 	}
 	diff := func(want []streams.Change) {
 		t.Helper()
@@ -443,7 +445,7 @@ func TestEnsureRefusesToDropCopies(t *testing.T) {
 		return err == nil
 	})
 	changes, err := streams.Ensure(t.Context(), c.JS, streams.Limits{}, false)
-	if !errors.Is(err, streams.ErrWouldLose) || len(changes) != 4 || changes[0].String() != "~ FP_INGEST  replicas: 3 -> 1  (drops copies)" {
+	if !errors.Is(err, streams.ErrWouldLose) || len(changes) != 5 || changes[0].String() != "~ FP_INGEST  replicas: 3 -> 1  (drops copies)" {
 		t.Errorf("%v, %v", changes, err)
 	}
 	if left, err := streams.Diff(t.Context(), c.JS, streams.Limits{Replicas: copies}); err != nil || len(left) != 0 {

@@ -17,8 +17,10 @@ const (
 	UserExporter = "exporter"
 	// UserStreamctl creates streams and durables, replays and erases.
 	UserStreamctl = "streamctl"
-	// UserOperator looks at streams and durables but reads no message, since
-	// messages hold personal data, and changes nothing.
+	// UserOperator looks and changes nothing. It may read messages, which hold
+	// personal data: streamctl masks that, and shows it only to whoever may
+	// write to FP_AUDIT, which this user may not; but another client can read
+	// what this one masks.
 	UserOperator = "operator"
 )
 
@@ -41,10 +43,15 @@ func AllPermissions() []Permissions {
 	exporter := Permissions{User: UserExporter, Publish: []string{"$JS.API.INFO"}}
 	admin := Permissions{User: UserStreamctl, Publish: []string{"$JS.API.INFO", "$JS.API.STREAM.NAMES", "$JS.API.STREAM.LIST"}}
 	// The state of replays is a key-value bucket, which is a stream.
-	admin.Publish = append(admin.Publish, "$KV.FP_REPLAYS.>", "$JS.API.STREAM.CREATE.KV_FP_REPLAYS", "$JS.API.STREAM.INFO.KV_FP_REPLAYS", "$JS.API.DIRECT.GET.KV_FP_REPLAYS.>")
+	admin.Publish = append(admin.Publish, "$KV.FP_REPLAYS.>", "$JS.API.STREAM.CREATE.KV_FP_REPLAYS", "$JS.API.DIRECT.GET.KV_FP_REPLAYS.>")
 	operator := Permissions{
 		User: UserOperator, Publish: []string{"$JS.API.INFO", "$JS.API.STREAM.NAMES", "$JS.API.STREAM.LIST"},
-		Subscribe: []string{"$JS.EVENT.ADVISORY.>"},
+		// It runs streamctl, which has one inbox prefix for all its users.
+		Subscribe: []string{"$JS.EVENT.ADVISORY.>", inbox(UserStreamctl)},
+	}
+	for _, p := range []*Permissions{&admin, &operator} {
+		p.Publish = append(p.Publish, "$JS.API.STREAM.INFO.KV_FP_REPLAYS", "$JS.API.DIRECT.GET.KV_FP_REPLAYS",
+			"$SYS.REQ.USER.INFO") // who am I, for the audit
 	}
 
 	for _, d := range Definition(Limits{}) {
@@ -60,10 +67,15 @@ func AllPermissions() []Permissions {
 			}
 		}
 		api(&exporter, "STREAM.INFO", "DIRECT.GET")
-		api(&admin, "STREAM.INFO", "STREAM.CREATE", "STREAM.UPDATE", "STREAM.PURGE", "STREAM.MSG.GET", "STREAM.MSG.DELETE", "DIRECT.GET", "DIRECT.GET.%s.>",
+		api(&admin, "STREAM.INFO", "STREAM.CREATE", "STREAM.UPDATE", "STREAM.MSG.GET", "DIRECT.GET", "DIRECT.GET.%s.>",
 			"CONSUMER.NAMES", "CONSUMER.LIST", "CONSUMER.INFO.%s.*", "CONSUMER.CREATE.%s.>", "CONSUMER.DURABLE.CREATE.%s.*",
 			"CONSUMER.DELETE.%s.*", "CONSUMER.MSG.NEXT.%s.*")
-		api(&operator, "STREAM.INFO", "CONSUMER.NAMES", "CONSUMER.LIST", "CONSUMER.INFO.%s.*")
+		api(&operator, "STREAM.INFO", "DIRECT.GET", "CONSUMER.NAMES", "CONSUMER.LIST", "CONSUMER.INFO.%s.*")
+		if stream == StreamAudit {
+			admin.Publish = append(admin.Publish, d.Stream.Subjects...)
+			continue
+		}
+		api(&admin, "STREAM.PURGE", "STREAM.MSG.DELETE")
 		switch stream {
 		case StreamIngest:
 			ingest.Publish = append(ingest.Publish, d.Stream.Subjects...)
@@ -94,6 +106,7 @@ func AllPermissions() []Permissions {
 				// The form later servers give ack subjects: domain and account first.
 				"$JS.ACK.*.*."+stream+"."+c.Durable+".>")
 			api(&exporter, "CONSUMER.INFO.%s."+c.Durable)
+			api(&admin, "CONSUMER.PAUSE.%s."+c.Durable)
 		}
 	}
 	all := []Permissions{ingest, prefetcher, persister, exporter, admin, operator}
@@ -140,6 +153,10 @@ const (
 	RedisUserPersister  = StagePersister
 	RedisUserPrefetcher = StagePrefetcher
 	RedisUserScorer     = "scorer"
+	// RedisUserStreamctl looks at records and the quota, and erases records.
+	RedisUserStreamctl = UserStreamctl
+	// RedisUserOperator looks at records and the quota.
+	RedisUserOperator = UserOperator
 )
 
 // redisRights are the keys and commands of each Redis user.
@@ -149,6 +166,8 @@ func redisRights() []redisRight {
 		{RedisUserPersister, records, "+auth +hello +ping +eval +evalsha +getrange +set"},
 		{RedisUserPrefetcher, "%R" + records + " ~" + QuotaKey, "+auth +hello +ping +get +eval +evalsha +hmget +hset +pexpire +time"},
 		{RedisUserScorer, "%R" + records, "+auth +hello +ping +get +mget"},
+		{RedisUserStreamctl, records + " %R~" + QuotaKey, "+auth +hello +ping +get +pttl +scan +del +eval +evalsha +hmget +time"},
+		{RedisUserOperator, "%R" + records + " %R~" + QuotaKey, "+auth +hello +ping +get +pttl +hmget +time"},
 	}
 }
 
@@ -156,12 +175,16 @@ type redisRight struct{ user, keys, commands string }
 
 // WriteRedisACL writes an ACL file for a single Redis 7 server or one with
 // replicas. hashes holds the SHA-256 of each user's passwords in hexadecimal;
-// two at a time make a rotation without a gap. Every user of the pipeline
-// needs at least one; the default user is off.
+// two at a time make a rotation without a gap. Every service and the scorer
+// need at least one; the users for people, streamctl and operator, are left out
+// without; the default user is off.
 func WriteRedisACL(w io.Writer, hashes map[string][]string) error {
 	b := &strings.Builder{}
 	b.WriteString("user default off resetkeys resetchannels -@all\n")
 	for _, r := range redisRights() {
+		if len(hashes[r.user]) == 0 && (r.user == RedisUserStreamctl || r.user == RedisUserOperator) {
+			continue
+		}
 		if len(hashes[r.user]) == 0 {
 			return fmt.Errorf("redis user %s has no password", r.user)
 		}

@@ -124,17 +124,28 @@ func TestPermissionsRefuseAllElse(t *testing.T) {
 		"$JS.API.STREAM.PURGE.FP_INGEST":    "exporter streamctl",
 		"$JS.API.STREAM.PURGE.FP_DEAD":      "streamctl",
 		"$JS.API.STREAM.MSG.GET.FP_DEAD":    "streamctl",
-		"$JS.API.DIRECT.GET.FP_INGEST":      "prefetcher persister exporter streamctl",
-		"$JS.API.DIRECT.GET.FP_ENRICHED":    "persister exporter streamctl",
-		"$JS.API.DIRECT.GET.FP_DEAD":        "exporter streamctl",
+		"$JS.API.DIRECT.GET.FP_INGEST":      "prefetcher persister exporter streamctl operator",
+		"$JS.API.DIRECT.GET.FP_ENRICHED":    "persister exporter streamctl operator",
+		"$JS.API.DIRECT.GET.FP_DEAD":        "exporter streamctl operator",
 		"$JS.API.STREAM.MSG.DELETE.FP_DEAD": "streamctl",
+
+		"$JS.API.CONSUMER.PAUSE.FP_INGEST.prefetcher":       "streamctl",
+		"$JS.API.CONSUMER.PAUSE.FP_INGEST.mine":             "",
+		"$KV.FP_REPLAYS.a":                                  "streamctl",
+		"$JS.API.DIRECT.GET.KV_FP_REPLAYS":                  "streamctl operator",
+		"$JS.API.DIRECT.GET.KV_FP_REPLAYS.$KV.FP_REPLAYS.a": "streamctl",
+		"$SYS.REQ.USER.INFO":                                "streamctl operator",
+		"fp.audit.replay":                                   "streamctl",
+		"$JS.API.DIRECT.GET.FP_AUDIT":                       "exporter streamctl operator",
+		"$JS.API.STREAM.PURGE.FP_AUDIT":                     "",
+		"$JS.API.STREAM.MSG.DELETE.FP_AUDIT":                "",
 	}
 	subscribe := map[string]string{
 		"_INBOX_ingest.x":              "ingest",
 		"_INBOX_prefetcher.x":          "prefetcher",
 		"_INBOX_persister.x":           "persister",
 		"_INBOX_exporter.x":            "exporter",
-		"_INBOX_streamctl.x":           "streamctl",
+		"_INBOX_streamctl.x":           "streamctl operator",
 		"_INBOX_operator.x":            "operator",
 		"_INBOX.x":                     "",
 		"fp.ingest.7":                  "",
@@ -267,7 +278,8 @@ func TestRedisACL(t *testing.T) {
 	if err := streams.WriteRedisACL(acl, map[string][]string{"persister": {hash("old"), hash("new")}}); err == nil {
 		t.Error("a scorer without a password is accepted")
 	}
-	if err := streams.WriteRedisACL(acl, map[string][]string{"persister": {hash("old"), hash("new")}, "prefetcher": {hash("p")}, "scorer": {hash("s")}}); err != nil {
+	if err := streams.WriteRedisACL(acl, map[string][]string{"persister": {hash("old"), hash("new")}, "prefetcher": {hash("p")}, "scorer": {hash("s")},
+		"streamctl": {hash("a")}, "operator": {hash("o")}}); err != nil {
 		t.Fatal(err)
 	}
 	file := filepath.Join(t.TempDir(), "users.acl")
@@ -305,6 +317,15 @@ func TestRedisACL(t *testing.T) {
 		"scorer reads elsewhere":      {"scorer:s", command{"get", "other"}, true},
 		"scorer writes":               {"scorer:s", command{"set", mine, "v"}, true},
 		"scorer runs a script":        {"scorer:s", command{"eval", getrange, 1, mine}, true},
+		"streamctl looks for records": {"streamctl:a", command{"scan", 0, "match", "fp:prefetch:*"}, false},
+		"streamctl erases":            {"streamctl:a", command{"eval", "return redis.call('DEL', KEYS[1])", 1, mine}, false},
+		"streamctl writes":            {"streamctl:a", command{"set", mine, "v"}, true},
+		"streamctl spends":            {"streamctl:a", command{"hset", streams.QuotaKey, "tokens", 0}, true},
+		"operator looks":              {"operator:o", command{"get", mine}, false},
+		"operator sees the life left": {"operator:o", command{"pttl", mine}, false},
+		"operator sees the quota":     {"operator:o", command{"hmget", streams.QuotaKey, "tokens"}, false},
+		"operator erases":             {"operator:o", command{"del", mine}, true},
+		"operator lists":              {"operator:o", command{"scan", 0}, true},
 		"nobody pings":                {"", command{"ping"}, true},
 		"a wrong password pings":      {"persister:wrong", command{"ping"}, true},
 		"end connections":             {"persister:new", command{"client", "kill", "type", "normal"}, true},

@@ -24,6 +24,7 @@ const (
 	StreamEnriched = "FP_ENRICHED" // records: an event with its data, or its negative outcome
 	StreamBackfill = "FP_BACKFILL" // copies of the above: replays, redrives, live events too old to go first
 	StreamDead     = "FP_DEAD"     // what was given up on, and why; for people
+	StreamAudit    = "FP_AUDIT"    // who used streamctl to change or reveal something; no personal data
 )
 
 // The stages, by the name of their service.
@@ -64,6 +65,9 @@ func DeadSubject(stage string, subscriberID int64) string {
 	return subject("fp.dead."+stage+".", subscriberID)
 }
 
+// AuditSubject returns fp.audit.<verb>, for a word of streamctl's.
+func AuditSubject(verb string) string { return "fp.audit." + verb }
+
 func subject(prefix string, subscriberID int64) string {
 	return string(strconv.AppendInt([]byte(prefix), subscriberID, 10))
 }
@@ -98,7 +102,8 @@ const (
 //
 // All streams keep by limits, so that history can be replayed; refuse new
 // messages when full, since dropping old ones would lose events nobody has
-// processed; and allow deletion, since a person may have to be erased.
+// processed; and allow deletion, since a person may have to be erased. Only
+// FP_AUDIT, which holds nothing personal, does not.
 // Durables deliver everything and never give up by themselves: a server-side
 // delivery limit would drop messages silently.
 func Definition(l Limits) []StreamDefinition {
@@ -125,6 +130,10 @@ func Definition(l Limits) []StreamDefinition {
 			MaxAckPending: 20_000, MaxWaiting: 512, ReplayPolicy: jetstream.ReplayInstantPolicy,
 		}
 	}
+	// What is evidence cannot be deleted, and the server refuses to change that
+	// later.
+	audit := stream(StreamAudit, "fp.audit.*", 365*24*time.Hour, 64*kib, gib/4)
+	audit.Stream.DenyDelete, audit.Stream.DenyPurge = true, true
 	return []StreamDefinition{
 		stream(StreamIngest, "fp.ingest.*", 72*time.Hour, 96*kib, 1*gib,
 			durable(DurablePrefetcher, "fp.ingest.*"), durable(DurablePending, "fp.ingest.*")),
@@ -133,6 +142,7 @@ func Definition(l Limits) []StreamDefinition {
 		stream(StreamBackfill, "fp.backfill.*.*", 72*time.Hour, 512*kib, 1*gib,
 			durable(DurablePrefetcherBackfill, "fp.backfill.prefetcher.*"), durable(DurablePersisterBackfill, "fp.backfill.persister.*")),
 		stream(StreamDead, "fp.dead.*.*", 7*24*time.Hour, 640*kib, 1*gib),
+		audit,
 	}
 }
 

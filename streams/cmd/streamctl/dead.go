@@ -157,8 +157,11 @@ func deadLook(ctx context.Context, e env, fs *flag.FlagSet, word string, args []
 		return 0, err
 	}
 	defer conn.Close()
+	if seq != 0 && reveal {
+		return e.audited(ctx, conn, "dead show", words, fs, func() (int, error) { return deadShow(ctx, e, conn, seq, true) })
+	}
 	if seq != 0 {
-		return deadShow(ctx, e, conn, seq, reveal)
+		return deadShow(ctx, e, conn, seq, false)
 	}
 	in, err := findSpan(ctx, conn.JS, streams.StreamDead, since.Time, until.Time)
 	if err != nil {
@@ -175,7 +178,13 @@ func deadLook(ctx context.Context, e env, fs *flag.FlagSet, word string, args []
 		return 0, err
 	}
 	if word == "purge" {
-		return purge(ctx, e, conn, found, yes, f.json)
+		if len(found) == 0 {
+			return exitNone, printPurge(e, f.json, 0, 0)
+		}
+		if !yes && !e.confirm(fmt.Sprintf("Delete %d dead letters for good?", len(found))) {
+			return exitLeft, nil
+		}
+		return e.audited(ctx, conn, "dead purge", nil, fs, func() (int, error) { return purge(ctx, e, conn, found, f.json) })
 	}
 	code := exitDone
 	if len(found) == 0 {
@@ -198,41 +207,37 @@ func deadLook(ctx context.Context, e env, fs *flag.FlagSet, word string, args []
 }
 
 // purge deletes what was found, and nothing that came since.
-func purge(ctx context.Context, e env, conn *streams.Conn, found []deadLetter, yes, asJSON bool) (int, error) {
-	type report struct {
-		Matched int `json:"matched"`
-		Purged  int `json:"purged"`
+func purge(ctx context.Context, e env, conn *streams.Conn, found []deadLetter, asJSON bool) (int, error) {
+	s, err := conn.JS.Stream(ctx, streams.StreamDead)
+	if err != nil {
+		return 0, fmt.Errorf("look up stream %s: %w", streams.StreamDead, err)
 	}
-	r := report{Matched: len(found)}
-	code := exitDone
-	if len(found) == 0 {
-		code = exitNone
-	} else if !yes && !e.confirm(fmt.Sprintf("Delete %d dead letters for good?", len(found))) {
-		code = exitLeft
-	} else {
-		s, err := conn.JS.Stream(ctx, streams.StreamDead)
+	code, purged := exitDone, 0
+	for _, d := range found {
+		was, err := deleteMessage(ctx, s, d.Sequence, s.DeleteMsg)
+		if ctx.Err() != nil {
+			code = exitLeft
+			break
+		}
 		if err != nil {
-			return 0, fmt.Errorf("look up stream %s: %w", streams.StreamDead, err)
+			return 0, err
 		}
-		for _, d := range found {
-			was, err := deleteMessage(ctx, s, d.Sequence, s.DeleteMsg)
-			if ctx.Err() != nil {
-				code = exitLeft
-				break
-			}
-			if err != nil {
-				return 0, err
-			}
-			if was {
-				r.Purged++
-			}
+		if was {
+			purged++
 		}
 	}
+	return code, printPurge(e, asJSON, len(found), purged)
+}
+
+func printPurge(e env, asJSON bool, matched, purged int) error {
 	if asJSON {
-		return code, printJSON(e.stdout, r)
+		return printJSON(e.stdout, struct {
+			Matched int `json:"matched"`
+			Purged  int `json:"purged"`
+		}{matched, purged})
 	}
-	fmt.Fprintf(e.stdout, "purged %d of %d matching dead letters\n", r.Purged, r.Matched)
-	return code, nil
+	fmt.Fprintf(e.stdout, "purged %d of %d matching dead letters\n", purged, matched)
+	return nil
 }
 
 func deadShow(ctx context.Context, e env, conn *streams.Conn, seq uint64, reveal bool) (int, error) {

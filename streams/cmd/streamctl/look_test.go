@@ -117,7 +117,7 @@ func TestStatus(t *testing.T) {
 	if err := json.Unmarshal([]byte(out), &r); err != nil || code != exitDone {
 		t.Fatalf("exit %d, %v, %s", code, err, errs)
 	}
-	if len(r.Streams) != 4 || r.Streams[0].Messages != 2 || r.Streams[0].First.IsZero() || !r.Streams[3].First.IsZero() {
+	if len(r.Streams) != 5 || r.Streams[0].Messages != 2 || r.Streams[0].First.IsZero() || !r.Streams[3].First.IsZero() {
 		t.Errorf("%+v", r.Streams)
 	}
 	d := r.Durables[0]

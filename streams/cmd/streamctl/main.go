@@ -8,6 +8,8 @@
 //	streamctl replay   have a stage see events again
 //	streamctl pause    stop deliveries to a durable for a while
 //	streamctl resume   end a pause
+//	streamctl erase    erase a person's events everywhere
+//	streamctl audit    show who changed or revealed what
 //	streamctl exporter serve every durable's lag, make room in full streams, send heartbeats
 //
 // It reaches NATS by the same NATS_* settings as the services. Results go to
@@ -91,6 +93,8 @@ func verbs() []verb {
 		{"replay", "--stage STAGE --since TIME [--until TIME] [--only-missing] [--dry-run] [--rate N] [--json] | --resume ID", "have a stage see events again, behind live traffic", replay},
 		{"pause", "DURABLE --for 1h|--until TIME [--json]", "have the server deliver nothing to a durable for a while; status shows it", pause},
 		{"resume", "DURABLE [--json]", "end a pause", resume},
+		{"erase", "--user-id USER | --subscriber N [--dry-run] [--json]", "erase a person's events from every stream, dead letter and record; says what it cannot reach", erase},
+		{"audit", "[--since TIME] [--until TIME] [--verb V] [--json]", "who replayed, redrove, purged, erased, paused or revealed what, and when", audit},
 		{"exporter", "", "serve the lag of every durable on OPS_ADDR (:9104), purge finished history from streams that fill up, and send heartbeats; settings as a service's", exporter},
 	}
 }

@@ -29,7 +29,7 @@ func streamctl(t *testing.T, url string, args ...string) (code int, stdout, stde
 func TestApplyThenDiff(t *testing.T) {
 	t.Parallel()
 	n := streamstest.NewEmptyNATS(t)
-	if code, out, _ := streamctl(t, n.URL, "diff"); code != exitLeft || strings.Count(out, "\n+ ")+1 != 9 {
+	if code, out, _ := streamctl(t, n.URL, "diff"); code != exitLeft || strings.Count(out, "\n+ ")+1 != 10 {
 		t.Errorf("diff of an empty server: exit %d\n%s", code, out)
 	}
 	if code, out, errs := streamctl(t, n.URL, "apply"); code != exitDone || !strings.Contains(out, "+ FP_INGEST/prefetcher\n") {
@@ -222,7 +222,7 @@ func TestApplyWaitsForNATS(t *testing.T) {
 	ln.Close()
 	n.Start()
 	applied.Wait()
-	if code != exitDone || strings.Count(out, "\n") != 9 {
+	if code != exitDone || strings.Count(out, "\n") != 10 {
 		t.Errorf("exit %d, %q, %q", code, out, errs)
 	}
 }

@@ -8,6 +8,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/nats-io/nats.go/jetstream"
+
 	"github.com/idenza/fingerprint-prefetch/streams"
 )
 
@@ -78,16 +80,22 @@ func setPause(ctx context.Context, e env, fs *flag.FlagSet, args []string, until
 	if end.IsZero() {
 		verb = "resume"
 	}
-	resp, err := conn.JS.PauseConsumer(ctx, stream, durable, end)
-	if err != nil {
-		return 0, fmt.Errorf("%s %s: %w", verb, durable, err)
-	}
-	if f.json {
+	return e.audited(ctx, conn, verb, words, fs, func() (int, error) {
+		resp, err := conn.JS.PauseConsumer(ctx, stream, durable, end)
+		if err != nil {
+			return 0, fmt.Errorf("%s %s: %w", verb, durable, err)
+		}
+		return exitDone, printPause(e, stream, durable, resp, f.json)
+	})
+}
+
+func printPause(e env, stream, durable string, resp *jetstream.ConsumerPauseResponse, asJSON bool) error {
+	if asJSON {
 		var until *time.Time
 		if resp.Paused {
 			until = &resp.PauseUntil
 		}
-		return exitDone, printJSON(e.stdout, struct {
+		return printJSON(e.stdout, struct {
 			Stream  string     `json:"stream"`
 			Durable string     `json:"durable"`
 			Paused  bool       `json:"paused"`
@@ -99,5 +107,5 @@ func setPause(ctx context.Context, e env, fs *flag.FlagSet, args []string, until
 	} else {
 		fmt.Fprintf(e.stdout, "%s is not paused\n", durable)
 	}
-	return exitDone, nil
+	return nil
 }

@@ -139,11 +139,20 @@ func (f *feedFlags) run(ctx context.Context, e env) (int, error) {
 	if err := r.prepare(ctx, conn, f.resume, f.since.Time, f.until.Time, f.fromSeq); err != nil {
 		return 0, err
 	}
+	if r.DryRun {
+		return f.feed(ctx, e)
+	}
+	return e.audited(ctx, conn, r.verb(), []string{r.ID}, f.fs, func() (int, error) { return f.feed(ctx, e) })
+}
+
+// feed makes the copies, waits for what becomes of them, and reports.
+func (f *feedFlags) feed(ctx context.Context, e env) (int, error) {
+	r := &f.feeder
 	if !r.DryRun {
 		fmt.Fprintf(e.stderr, "%s %s of %s %d to %d\n", r.verb(), r.ID, r.Span.Stream, r.Next, r.Span.To)
 	}
 	bar := newProgress(e.stderr)
-	err = r.run(ctx, bar)
+	err := r.run(ctx, bar)
 	if err == nil && !r.DryRun && !f.noWait {
 		r.Waiting, err = r.settle(ctx, bar)
 	}

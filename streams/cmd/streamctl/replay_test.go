@@ -76,11 +76,13 @@ func TestDryRunEqualsRun(t *testing.T) {
 	}
 	b.put(streams.EnrichedSubject(12), nil, "no record")
 	b.put(streams.EnrichedSubject(13), nil, ready(event("other"), now))
+	b.put(streams.EnrichedSubject(streams.HeartbeatSubscriber), nil, "a heartbeat")
 	until := time.Now().Format(time.RFC3339Nano)
 	for args, want := range map[string]feedCounts{
 		"--subscriber 12":                {Copied: 36, Ready: 10, PastLife: 4, Invalid: 1},
 		"--subscriber 12 --only-missing": {Copied: 26, PastLife: 4, Present: 10, Invalid: 1},
 		"--request-id e5":                {Copied: 1, Ready: 1},
+		"":                               {Copied: 37, Ready: 10, PastLife: 4, Invalid: 1},
 		"--subscriber 13 --from-seq 1":   {Copied: 1},
 	} {
 		line := append([]string{"replay", "--stage", "persister", "--since", "1h", "--until", until, "--json", "--no-wait"}, strings.Fields(args)...)

@@ -114,9 +114,10 @@ func (s *selection) subject(stream string) string {
 	return "fp.dead." + stage + "." + subscriberToken(s.Subscriber)
 }
 
-// matches looks at what a subject does not say.
+// matches looks at what the filter of subject does not say. Heartbeats are
+// nobody's business here.
 func (s *selection) matches(m *jetstream.RawStreamMsg) bool {
-	return (s.Reason == "" || m.Header.Get(streams.HeaderDeadReason) == s.Reason) &&
+	return streams.SubjectSubscriber(m.Subject) != streams.HeartbeatSubscriber && (s.Reason == "" || m.Header.Get(streams.HeaderDeadReason) == s.Reason) &&
 		(s.RequestID == "" || requestID(m.Data) == s.RequestID)
 }
 

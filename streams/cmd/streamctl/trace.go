@@ -36,8 +36,8 @@ type step struct {
 	Waits bool `json:"waits,omitempty"`
 }
 
-// traceReport says where an event is. Place is closed: not_found_anywhere, waiting,
-// dead, expired, finished (no record could be looked up or none is there), or
+// traceReport says where an event is. Place is closed: not_found_anywhere, erased,
+// waiting, dead, expired, finished (no record could be looked up or none is there), or
 // the status of its record.
 type traceReport struct {
 	RequestID  string    `json:"request_id"`
@@ -132,6 +132,9 @@ func readTrace(ctx context.Context, conn *streams.Conn, rdb redis.UniversalClien
 	r := traceReport{RequestID: id, Since: since, Steps: []step{}}
 	floors := map[string]uint64{}
 	for _, d := range streams.Definition(streams.Limits{}) {
+		if d.Stream.Name == streams.StreamAudit {
+			continue
+		}
 		for _, c := range d.Durables {
 			consumer, err := conn.JS.Consumer(ctx, d.Stream.Name, c.Durable)
 			if err != nil {
@@ -155,6 +158,15 @@ func readTrace(ctx context.Context, conn *streams.Conn, rdb redis.UniversalClien
 		}
 	}
 	r.Place, r.Why = r.verdict(ttl)
+	if len(r.Steps) == 0 {
+		at, err := erasedAt(ctx, conn, id)
+		if err != nil {
+			return r, err
+		}
+		if !at.IsZero() {
+			r.Place, r.Why = "erased", fmt.Sprintf("by an operator, %s; see streamctl audit", at.UTC().Format(time.RFC3339))
+		}
+	}
 	if rdb == nil {
 		if r.Place == "finished" {
 			r.Why += "; set REDIS_URL to look at the record"
@@ -172,7 +184,7 @@ func readTrace(ctx context.Context, conn *streams.Conn, rdb redis.UniversalClien
 			return r, fmt.Errorf("read the record: %w", err)
 		}
 		r.TTLSeconds = left.Val().Seconds()
-		if rec.Status != record.Pending || r.Place == "not_found_anywhere" {
+		if rec.Status != record.Pending || len(r.Steps) == 0 {
 			r.Place = string(rec.Status)
 			r.Why = fmt.Sprintf("its record is there, accepted %s, %v left", rec.AcceptedAt, left.Val().Round(time.Second))
 		}
@@ -211,7 +223,7 @@ func newStep(stream string, m *jetstream.RawStreamMsg, floors map[string]uint64)
 // acks out of order, so an older message above its floor may be finished.
 func (r traceReport) verdict(ttl time.Duration) (place, why string) {
 	if len(r.Steps) == 0 {
-		return "not_found_anywhere", "in no stream: never accepted, older than the streams keep, or erased"
+		return "not_found_anywhere", "in no stream: never accepted, or older than the streams keep"
 	}
 	last := r.Steps[0]
 	for _, s := range r.Steps {
