@@ -132,7 +132,8 @@ func (r *runner) settle(res result) {
 			r.ack(d)
 		case deadLetter:
 			r.metrics.dead(dec.reason).Inc()
-			r.log.Error("message dead-lettered", "reason", dec.reason, "stream", r.Stream, "seq", d.Sequence, "deliveries", d.Deliveries, "err", dec.err)
+			r.log.Error("message dead-lettered", "reason", dec.reason, "stream", r.Stream, "seq", d.Sequence, "deliveries", d.Deliveries,
+				"request_id", d.RequestID, LogTrace(d.Context(context.Background())), "err", dec.err)
 			r.ack(d)
 		case hold:
 			r.metrics.held.Inc()

@@ -113,6 +113,8 @@ type Delivery struct {
 	// process; FirstLook is when it did for the first time.
 	Looks     int
 	FirstLook time.Time
+	// RequestID is the event's, once the handler has read it; for logs.
+	RequestID string
 	// Memo is the handler's own and survives until the message is settled.
 	Memo any
 

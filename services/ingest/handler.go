@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/labstack/echo/v4"
+	"go.opentelemetry.io/otel/trace"
 
 	"github.com/idenza/fingerprint-prefetch/streams"
 	"github.com/idenza/fingerprint-prefetch/streams/record"
@@ -56,6 +57,10 @@ func (s *server) ingest(c echo.Context) error {
 		return errBadKey.because(authError{reason})
 	}
 	x.keyID = key.ID
+	if parents := r.Header["Traceparent"]; len(parents) == 1 {
+		x.ctx = streams.WithTraceParent(x.ctx, parents[0])
+	}
+	x.ctx, x.span = streams.StartSpan(x.ctx, s.tracer, "POST "+ingestPath, trace.SpanKindServer)
 	// Each holds its body and a place at the stream; more at once would only
 	// make all of them late.
 	defer s.inflight.Add(-1)
@@ -87,7 +92,7 @@ func (s *server) ingest(c echo.Context) error {
 	if err := limit(key.limit, c.Response().Header()); err != nil {
 		return err
 	}
-	ack, err := s.publish(r, event)
+	ack, err := s.publish(x.ctx, event)
 	if _, bug := err.(panicError); bug {
 		return err
 	} else if err != nil {
@@ -180,16 +185,16 @@ func readBody(dst []byte, w http.ResponseWriter, r *http.Request) ([]byte, error
 // with it everybody who wants to publish, whatever their contexts say. Such a
 // message keeps its place among those in flight until it is let go, so that
 // memory stays bounded.
-func (s *server) publish(r *http.Request, e streams.Event) (streams.Ack, error) {
+func (s *server) publish(ctx context.Context, e streams.Event) (streams.Ack, error) {
 	const around = 96 // names and digits around the texts
 	m := streams.Message{
 		Stream:      streams.StreamIngest,
 		Subject:     streams.IngestSubject(e.SubscriberID),
 		ID:          e.MessageID(),
-		TraceParent: traceParent(r.Header["Traceparent"]),
+		TraceParent: streams.TraceParent(ctx),
 		Body:        appendEvent(make([]byte, 0, around+len(e.RequestID)+len(e.SessionID)+len(e.UserID)), e),
 	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), s.publishTimeout)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.publishTimeout)
 	defer cancel()
 	done := make(chan publishResult, 1)
 	go func() {
@@ -218,28 +223,6 @@ func (s *server) publish(r *http.Request, e streams.Event) (streams.Ack, error) 
 type publishResult struct {
 	ack streams.Ack
 	err error
-}
-
-// traceParent returns a W3C trace context worth passing on, or "". It goes
-// into a message header and from there into logs, so it is taken by its form
-// and not on trust.
-func traceParent(values []string) string {
-	const form = "00-0123456789abcdef0123456789abcdef-0123456789abcdef-01"
-	if len(values) != 1 || len(values[0]) != len(form) {
-		return ""
-	}
-	v := values[0]
-	for i := range len(v) {
-		hexDigit := v[i] >= '0' && v[i] <= '9' || v[i] >= 'a' && v[i] <= 'f'
-		if dash := form[i] == '-'; dash && v[i] != '-' || !dash && !hexDigit {
-			return ""
-		}
-	}
-	const noTrace, noSpan = "00000000000000000000000000000000", "0000000000000000"
-	if v[:3] != "00-" || v[3:35] == noTrace || v[36:52] == noSpan {
-		return ""
-	}
-	return v
 }
 
 // appendAccepted appends the body of the 202.

@@ -248,34 +248,6 @@ func serve(e *edge, r *http.Request) *httptest.ResponseRecorder {
 	return w
 }
 
-func TestTraceParent(t *testing.T) {
-	t.Parallel()
-	const good = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
-	tests := map[string]struct {
-		values []string
-		want   string
-	}{
-		"good":            {[]string{good}, good},
-		"absent":          {nil, ""},
-		"empty":           {[]string{""}, ""},
-		"twice":           {[]string{good, good}, ""},
-		"upper case":      {[]string{strings.ToUpper(good)}, ""},
-		"longer":          {[]string{good + "-x"}, ""},
-		"shorter":         {[]string{good[:54]}, ""},
-		"other version":   {[]string{"01" + good[2:]}, ""},
-		"version ff":      {[]string{"ff" + good[2:]}, ""},
-		"no trace":        {[]string{"00-00000000000000000000000000000000-00f067aa0ba902b7-01"}, ""},
-		"no span":         {[]string{"00-4bf92f3577b34da6a3ce929d0e0e4736-0000000000000000-01"}, ""},
-		"not hexadecimal": {[]string{"00-4bf92f3577b34da6a3ce929d0e0e473g-00f067aa0ba902b7-01"}, ""},
-		"line break":      {[]string{"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7\r01"}, ""},
-	}
-	for name, test := range tests {
-		if got := traceParent(test.values); got != test.want {
-			t.Errorf("%s: got %q", name, got)
-		}
-	}
-}
-
 func TestStrangersAreNotAskedForTheirBody(t *testing.T) {
 	t.Parallel()
 	e := newEdge(t, stored)

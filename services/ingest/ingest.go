@@ -64,6 +64,7 @@ func Run(ctx context.Context, cfg Config, p *ops.Process) error {
 	}
 	defer conn.Close()
 	s := newServer(keys, streams.NewPublisher(conn.JS, p.Registry), cfg, p.Log, m)
+	s.tracer = p.Tracer
 
 	// These go on while the last requests are finished.
 	background, stop := context.WithCancel(context.WithoutCancel(ctx))

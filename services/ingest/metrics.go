@@ -1,11 +1,13 @@
 package ingest
 
 import (
+	"context"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promauto"
 
+	"github.com/idenza/fingerprint-prefetch/streams"
 	"github.com/idenza/fingerprint-prefetch/streams/ops"
 )
 
@@ -95,9 +97,9 @@ const (
 
 // observe counts a finished request; keyID is empty when no good key was
 // presented.
-func (m *metrics) observe(o outcome, keyID string, took time.Duration) {
+func (m *metrics) observe(ctx context.Context, o outcome, keyID string, took time.Duration) {
 	m.requests.WithLabelValues(string(o)).Inc()
-	m.duration.WithLabelValues(string(o)).Observe(took.Seconds())
+	streams.Observe(ctx, m.duration.WithLabelValues(string(o)), took.Seconds())
 	if keyID == "" {
 		return
 	}

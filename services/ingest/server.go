@@ -2,6 +2,7 @@ package ingest
 
 import (
 	"cmp"
+	"context"
 	"encoding/binary"
 	"encoding/hex"
 	"errors"
@@ -19,6 +20,11 @@ import (
 
 	"github.com/go-json-experiment/json/jsontext"
 	"github.com/labstack/echo/v4"
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/codes"
+	"go.opentelemetry.io/otel/trace"
+
+	"github.com/idenza/fingerprint-prefetch/streams"
 )
 
 const (
@@ -39,6 +45,7 @@ type server struct {
 	maxInflight    int64
 	log            *slog.Logger
 	metrics        *metrics
+	tracer         trace.Tracer // nil records nothing
 
 	scratch    sync.Pool    // of *scratch
 	inflight   atomic.Int64 // requests with a good key
@@ -53,7 +60,7 @@ func newServer(keys *keyring, p publisher, cfg Config, log *slog.Logger, m *metr
 		scratch: sync.Pool{New: func() any { return new(scratch) }},
 	}
 	s.echo.Logger.SetOutput(io.Discard)
-	s.echo.HTTPErrorHandler = func(err error, c echo.Context) { s.refuse(&exchange{Context: c}, err) }
+	s.echo.HTTPErrorHandler = func(err error, c echo.Context) { s.refuse(&exchange{Context: c, ctx: c.Request().Context()}, err) }
 	s.echo.Use(s.observe)
 	s.echo.POST(ingestPath, s.ingest)
 	s.echo.GET(openAPIPath, func(c echo.Context) error {
@@ -86,6 +93,23 @@ type exchange struct {
 	keyID     string // empty without a good key
 	requestID string // the event's; empty until the body was read
 	outcome   outcome
+
+	ctx  context.Context // of the request's trace
+	span trace.Span      // nil without a good key
+}
+
+// endSpan ends the request's span.
+func (x *exchange) endSpan() {
+	if x.span == nil || !x.span.IsRecording() {
+		return
+	}
+	status := x.Response().Status
+	x.span.SetAttributes(attribute.String("http.request.method", http.MethodPost), attribute.String("http.route", ingestPath), attribute.Int("http.response.status_code", status),
+		attribute.String("fp.outcome", string(x.outcome)), attribute.String("fp.request_id", x.requestID), attribute.String("fp.key_id", x.keyID))
+	if status >= http.StatusInternalServerError {
+		x.span.SetStatus(codes.Error, string(x.outcome))
+	}
+	x.span.End()
 }
 
 // observe is around everything: it sets the headers every answer has, turns
@@ -96,7 +120,7 @@ func (s *server) observe(next echo.HandlerFunc) echo.HandlerFunc {
 		s.metrics.inflight.Inc()
 		defer s.metrics.inflight.Dec()
 
-		x := &exchange{Context: c, supportID: newSupportID()}
+		x := &exchange{Context: c, ctx: c.Request().Context(), supportID: newSupportID()}
 		r, h := c.Request(), c.Response().Header()
 		h.Set(headerSupport, x.supportID)
 		h.Set("Cache-Control", "no-store") // the answer repeats personal data
@@ -111,10 +135,11 @@ func (s *server) observe(next echo.HandlerFunc) echo.HandlerFunc {
 			s.refuse(x, err)
 		}
 		took := time.Since(start)
-		s.metrics.observe(x.outcome, x.keyID, took)
+		x.endSpan()
+		s.metrics.observe(x.ctx, x.outcome, x.keyID, took)
 		if ctx := r.Context(); s.log.Enabled(ctx, slog.LevelDebug) {
 			s.log.DebugContext(ctx, "request answered", "outcome", x.outcome, "status", c.Response().Status,
-				"support_id", x.supportID, "key_id", x.keyID, "request_id", x.requestID, "duration", took)
+				"support_id", x.supportID, "key_id", x.keyID, "request_id", x.requestID, streams.LogTrace(x.ctx), "duration", took)
 		}
 		return nil
 	}
@@ -233,10 +258,10 @@ func (s *server) refuse(x *exchange, err error) {
 		h.Set("Retry-After", "1")
 		if more, ok := s.publishLog.take(time.Now()); ok {
 			s.log.Warn("event not stored", "err", ref.cause, "request_id", x.requestID, "key_id", x.keyID,
-				"support_id", x.supportID, "unlogged", more)
+				"support_id", x.supportID, streams.LogTrace(x.ctx), "unlogged", more)
 		}
 	case internalError:
-		attrs := []any{"err", ref.cause, "support_id", x.supportID}
+		attrs := []any{"err", ref.cause, "support_id", x.supportID, streams.LogTrace(x.ctx)}
 		if e, ok := ref.cause.(panicError); ok {
 			attrs = append(attrs, "stack", string(e.stack))
 		}

@@ -6,6 +6,10 @@ import (
 	"fmt"
 	"time"
 
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/codes"
+	"go.opentelemetry.io/otel/trace"
+
 	"github.com/idenza/fingerprint-prefetch/streams"
 	"github.com/idenza/fingerprint-prefetch/streams/record"
 )
@@ -16,6 +20,7 @@ type handler struct {
 	detail  EventDetail
 	metrics *metrics
 	now     func() time.Time
+	tracer  trace.Tracer // nil records nothing
 }
 
 // recordStore is the part of store a handler needs.
@@ -86,6 +91,8 @@ func (h *handler) handle(ctx context.Context, batch []*streams.Delivery, prepare
 			decisions[i] = dec
 			continue
 		}
+		d.RequestID = w.rec.RequestID
+		w.ctx, w.span = streams.StartSpan(d.Context(ctx), h.tracer, "persist", trace.SpanKindConsumer)
 		writes, index = append(writes, w), append(index, i)
 	}
 	if len(writes) == 0 {
@@ -99,11 +106,25 @@ func (h *handler) handle(ctx context.Context, batch []*streams.Delivery, prepare
 	for k, w := range writes {
 		d := batch[index[k]]
 		decisions[index[k]] = decide(w)
+		w.endSpan(len(writes))
 		if w.err == nil {
 			h.metrics.record(w, d, h.now())
 		}
 	}
 	return decisions
+}
+
+// endSpan ends the span of a write in a batch of n.
+func (w *write) endSpan(n int) {
+	if !w.span.IsRecording() {
+		return
+	}
+	w.span.SetAttributes(attribute.String("fp.request_id", w.rec.RequestID), attribute.String("fp.status", string(w.rec.Status)),
+		attribute.String("fp.outcome", string(w.outcome)), attribute.String("db.system.name", "redis"), attribute.Int("db.operation.batch.size", n))
+	if w.err != nil {
+		w.span.SetStatus(codes.Error, "not written")
+	}
+	w.span.End()
 }
 
 func decide(w *write) streams.Decision {

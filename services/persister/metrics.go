@@ -70,6 +70,6 @@ func (m *metrics) record(w *write, d *streams.Delivery, now time.Time) {
 		m.valueSize.Observe(float64(len(w.body)))
 	}
 	if w.rec.Status.Terminal() && (w.outcome == written || w.outcome == superseded) {
-		m.endToEnd.WithLabelValues(d.Mode()).Observe(now.Sub(w.rec.AcceptedAt.Time).Seconds())
+		streams.Observe(w.ctx, m.endToEnd.WithLabelValues(d.Mode()), now.Sub(w.rec.AcceptedAt.Time).Seconds())
 	}
 }

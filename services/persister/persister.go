@@ -53,7 +53,7 @@ func runWith(ctx context.Context, cfg Config, p *ops.Process, rdb redis.Universa
 	}
 	defer conn.Close()
 
-	h := &handler{store: store, detail: cfg.Event, metrics: newMetrics(p.Registry), now: time.Now}
+	h := &handler{store: store, detail: cfg.Event, metrics: newMetrics(p.Registry), now: time.Now, tracer: p.Tracer}
 	work := func(stream, durable string, batches int, handle streams.Handler) streams.Work {
 		return streams.Work{Handle: handle, Consumer: streams.Consumer{
 			Stream: stream, Durable: durable, Concurrency: batches, Batch: cfg.Batch, Linger: cfg.Linger,

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/redis/go-redis/v9"
+	"go.opentelemetry.io/otel/trace"
 
 	"github.com/idenza/fingerprint-prefetch/streams/record"
 )
@@ -33,6 +34,8 @@ const (
 type write struct {
 	rec  record.Record
 	body []byte
+	ctx  context.Context // of its trace
+	span trace.Span
 	// Set by store.
 	outcome outcome
 	err     error

@@ -9,6 +9,9 @@ import (
 	"strings"
 	"time"
 
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/codes"
+	"go.opentelemetry.io/otel/trace"
 	"golang.org/x/sync/singleflight"
 
 	"github.com/idenza/fingerprint-prefetch/streams"
@@ -74,6 +77,7 @@ type handler struct {
 	retention time.Duration // of the vendor's events; 0 is unlimited
 	now       func() time.Time
 	metrics   *metrics
+	tracer    trace.Tracer // nil records nothing
 }
 
 // lane holds one for each call under way, or waiting for its token: so a token
@@ -109,10 +113,16 @@ func (h *handler) handle(ctx context.Context, d *streams.Delivery) streams.Decis
 	case err != nil:
 		return streams.DeadLetter(streams.DeadUndecodable, err)
 	}
+	d.RequestID = e.RequestID
+	ctx, span := streams.StartSpan(d.Context(ctx), h.tracer, "prefetch", trace.SpanKindConsumer)
+	defer span.End()
 	l, ok := d.Memo.(*look)
 	if !ok {
 		l = &look{}
 		d.Memo = l
+	}
+	if span.IsRecording() {
+		span.SetAttributes(attribute.String("fp.request_id", e.RequestID), attribute.String("fp.mode", d.Mode()), attribute.Int("fp.look", d.Looks+1))
 	}
 	if l.end == nil {
 		if d.Mode() == "live" {
@@ -162,7 +172,7 @@ func (h *handler) makeWay(ctx context.Context, d *streams.Delivery, e streams.Ev
 	m := streams.Message{
 		Stream: streams.StreamBackfill, Subject: streams.BackfillSubject(streams.StagePrefetcher, e.SubscriberID),
 		ID:          streams.DerivedMessageID(streams.NewRecord(e, d.AcceptedAt, record.Pending, ""), ""),
-		TraceParent: d.Header.Get(streams.HeaderTraceParent), Header: d.CopyHeader(), Body: d.Data,
+		TraceParent: streams.TraceParent(ctx), Header: d.CopyHeader(), Body: d.Data,
 	}
 	switch _, err := h.publisher.Publish(context.WithoutCancel(ctx), m); {
 	case errors.Is(err, streams.ErrStreamFull):
@@ -327,8 +337,16 @@ func (h *handler) call(ctx context.Context, p priority, e streams.Event) (a Answ
 		h.metrics.wait.Observe(asked.Sub(start).Seconds())
 		// Once begun, a call is finished even when the process stops: it
 		// is paid for, and has a time limit of its own.
-		a := h.vendor.Event(context.WithoutCancel(ctx), e.RequestID)
-		h.metrics.call(a.Outcome, h.now().Sub(asked))
+		callCtx, span := streams.StartSpan(context.WithoutCancel(ctx), h.tracer, "GET /v4/events/{event_id}", trace.SpanKindClient)
+		a := h.vendor.Event(callCtx, e.RequestID)
+		if span.IsRecording() {
+			span.SetAttributes(attribute.String("fp.outcome", a.Outcome.String()))
+			if a.Err != nil && a.Outcome != NotFound {
+				span.SetStatus(codes.Error, a.Outcome.String())
+			}
+			span.End()
+		}
+		h.metrics.call(callCtx, a.Outcome, h.now().Sub(asked))
 		return flown{answer: a}, nil
 	})
 	if err != nil {
@@ -373,13 +391,16 @@ func (h *handler) conclude(ctx context.Context, d *streams.Delivery, l *look) st
 	}
 	m := streams.Message{
 		Stream: streams.StreamEnriched, Subject: streams.EnrichedSubject(l.end.SubscriberID),
-		ID: streams.DerivedMessageID(*l.end, d.Replay), TraceParent: d.Header.Get(streams.HeaderTraceParent), Body: body,
+		ID: streams.DerivedMessageID(*l.end, d.Replay), TraceParent: streams.TraceParent(ctx), Body: body,
 	}
 	if d.Mode() == "backfill" {
 		m.Header = d.CopyHeader()
 	}
 	if _, err := h.publisher.Publish(context.WithoutCancel(ctx), m); err != nil {
 		return streams.Hold(streams.CauseNATS, err)
+	}
+	if span := trace.SpanFromContext(ctx); span.IsRecording() {
+		span.SetAttributes(attribute.String("fp.status", string(l.end.Status)), attribute.String("fp.reason", string(l.end.Reason)))
 	}
 	h.metrics.results.WithLabelValues(string(l.end.Status), string(l.end.Reason)).Inc()
 	if l.dead != "" {

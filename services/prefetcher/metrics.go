@@ -1,6 +1,7 @@
 package prefetcher
 
 import (
+	"context"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -83,7 +84,7 @@ func newMetrics(reg prometheus.Registerer, q *quota) *metrics {
 	return m
 }
 
-func (m *metrics) call(o Outcome, took time.Duration) {
+func (m *metrics) call(ctx context.Context, o Outcome, took time.Duration) {
 	m.calls.WithLabelValues(o.String()).Inc()
-	m.duration.WithLabelValues(o.String()).Observe(took.Seconds())
+	streams.Observe(ctx, m.duration.WithLabelValues(o.String()), took.Seconds())
 }

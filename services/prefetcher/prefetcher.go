@@ -52,7 +52,7 @@ func Run(ctx context.Context, cfg Config, p *ops.Process) error {
 // run is Run behind its connections; results go out through out.
 func run(ctx context.Context, cfg Config, p *ops.Process, conn *streams.Conn, vendor eventGetter, out publisher, pub *streams.Publisher) error {
 	h := &handler{
-		live: make(lane, cfg.Concurrency), backlog: make(lane, cfg.Concurrency), vendor: vendor, publisher: out, maxAge: cfg.MaxAge, fresh: cfg.FreshWithin, retention: cfg.Retention, now: time.Now,
+		live: make(lane, cfg.Concurrency), backlog: make(lane, cfg.Concurrency), vendor: vendor, publisher: out, maxAge: cfg.MaxAge, fresh: cfg.FreshWithin, retention: cfg.Retention, now: time.Now, tracer: p.Tracer,
 	}
 	share := cfg.RateLimit / float64(cfg.Replicas)
 	local := newLocalBucket(share, time.Now)

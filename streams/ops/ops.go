@@ -29,6 +29,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"go.opentelemetry.io/otel/trace"
 )
 
 // Process is what a service gets from whoever runs it: a main function, the
@@ -37,6 +38,8 @@ type Process struct {
 	Log      *slog.Logger
 	Registry *prometheus.Registry
 	Health   *Health
+	// Tracer records spans; nil, the default, records none.
+	Tracer trace.Tracer
 }
 
 // NewProcess returns a process named service that logs to w: JSON, or text
@@ -280,6 +283,7 @@ type settings[C any] struct {
 	opsAddr string
 	level   slog.Level
 	format  string
+	traces  string
 }
 
 func (prog Program[C]) read(s *Settings) settings[C] {
@@ -290,6 +294,7 @@ func (prog Program[C]) read(s *Settings) settings[C] {
 	// OneOf has let only words through that slog knows.
 	_ = r.level.UnmarshalText([]byte(s.OneOf("LOG_LEVEL", "lowest level logged", "info", "debug", "warn", "error")))
 	r.format = s.OneOf("LOG_FORMAT", "form of log lines on stdout", "json", "text")
+	r.traces = readTracesURL(s)
 	return r
 }
 
@@ -310,6 +315,13 @@ func (prog Program[C]) Serve(ctx context.Context, getenv func(string) string, w 
 		return settingsError{err}
 	}
 	p := NewProcess(prog.Name, w, r.level, r.format)
+	if r.traces != "" {
+		flush, err := p.traceTo(prog.Name, r.traces)
+		if err != nil {
+			return settingsError{err}
+		}
+		defer flush()
+	}
 	ln, err := Listen("OPS_ADDR", r.opsAddr)
 	if err != nil {
 		return err
