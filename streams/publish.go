@@ -49,8 +49,8 @@ type Message struct {
 // Ack is the stream's word that it has the message.
 type Ack struct {
 	Sequence uint64
-	// Duplicate is true when the stream had a message of this id already and
-	// stored nothing.
+	// Duplicate is true when the stream had a message of this id already,
+	// before Publish was called, and stored nothing.
 	Duplicate bool
 }
 
@@ -126,6 +126,9 @@ func (p *Publisher) publish(ctx context.Context, m Message) (Ack, error) {
 		}
 		var ack Ack
 		if ack, last = p.attempt(ctx, msg); last == nil {
+			if unsure != nil {
+				ack.Duplicate = false // of an attempt of ours, as far as anybody knows
+			}
 			return ack, nil
 		}
 		last = classifyPublish(last)

@@ -361,6 +361,33 @@ func TestPublishWhoseAckIsLostIsUnsure(t *testing.T) {
 	}
 }
 
+// When the first attempt's ack is lost, the second is told of a duplicate. That
+// is our own, and must not be told as somebody's before us.
+func TestPublishIsNoDuplicateOfItself(t *testing.T) {
+	t.Parallel()
+	n := streamstest.NewNATS(t)
+	c := n.Connect("publisher")
+	if err := c.JS.DeleteStream(t.Context(), streams.StreamIngest); err != nil {
+		t.Fatal(err)
+	}
+	var asked atomic.Int64
+	sub, err := c.NC.Subscribe(streams.IngestSubject(12), func(m *nats.Msg) {
+		if asked.Add(1) > 1 {
+			_ = m.Respond([]byte(`{"stream":"FP_INGEST","seq":7,"duplicate": true}`))
+		}
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = sub.Unsubscribe() }()
+	p := streams.NewPublisher(c.JS, prometheus.NewRegistry())
+	for _, want := range []streams.Ack{{Sequence: 7}, {Sequence: 7, Duplicate: true}} {
+		if ack, err := p.Publish(t.Context(), message("again")); err != nil || ack != want {
+			t.Errorf("%+v, %v, want %+v", ack, err, want)
+		}
+	}
+}
+
 // The caller's deadline ends a publish earlier.
 func TestPublishKeepsTheCallersDeadline(t *testing.T) {
 	t.Parallel()
