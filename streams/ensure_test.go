@@ -43,7 +43,7 @@ func TestEnsureCreatesWhatIsDocumented(t *testing.T) {
 	list := js.ListStreams(t.Context())
 	for info := range list.Info() {
 		c := info.Config
-		if c.Storage != jetstream.FileStorage || c.Compression != jetstream.S2Compression || c.Retention != jetstream.LimitsPolicy ||
+		if c.Storage != jetstream.FileStorage || c.Compression != jetstream.NoCompression || c.Retention != jetstream.LimitsPolicy ||
 			c.Discard != jetstream.DiscardNew || c.Duplicates != 10*time.Minute || !c.AllowDirect || c.DenyDelete != (c.Name == streams.StreamAudit) || c.DenyPurge != c.DenyDelete || c.NoAck ||
 			c.Replicas != 1 || c.MaxMsgs != -1 || c.MaxMsgsPerSubject != -1 || c.DiscardNewPerSubject {
 			t.Errorf("%s: %+v", c.Name, c)
@@ -167,7 +167,7 @@ func TestDiffFindsDriftOfAStream(t *testing.T) {
 	js := streamstest.NewNATS(t).Connect("test").JS
 	for want, drift := range map[string]func(*jetstream.StreamConfig){
 		`~ FP_DEAD  subjects: [fp.dead.*.* other.*] -> [fp.dead.*.*]`: func(c *jetstream.StreamConfig) { c.Subjects = append(c.Subjects, "other.*") },
-		`~ FP_DEAD  compression: None -> S2`:                          func(c *jetstream.StreamConfig) { c.Compression = jetstream.NoCompression },
+		`~ FP_DEAD  compression: S2 -> None`:                          func(c *jetstream.StreamConfig) { c.Compression = jetstream.S2Compression },
 		`~ FP_DEAD  discard: DiscardOld -> DiscardNew`:                func(c *jetstream.StreamConfig) { c.Discard = jetstream.DiscardOld },
 		`~ FP_DEAD  max_age: 1h0m0s -> 168h0m0s`:                      func(c *jetstream.StreamConfig) { c.MaxAge = time.Hour },
 		`~ FP_DEAD  max_age: 0s -> 168h0m0s`:                          func(c *jetstream.StreamConfig) { c.MaxAge = 0 },

@@ -114,7 +114,11 @@ func Definition(l Limits) []StreamDefinition {
 		return StreamDefinition{
 			Stream: jetstream.StreamConfig{
 				Name: name, Subjects: []string{subjects},
-				Storage: jetstream.FileStorage, Compression: jetstream.S2Compression, Replicas: max(l.Replicas, 1),
+				// Not compressed: after a kill -9, nats-server 2.15.2 may append to a
+				// block that it had compressed, on every replica at once, and the
+				// stream can neither be read nor written any more. The fault suite
+				// (seed 11, kill-nats-*) found that.
+				Storage: jetstream.FileStorage, Compression: jetstream.NoCompression, Replicas: max(l.Replicas, 1),
 				Retention: jetstream.LimitsPolicy, Discard: jetstream.DiscardNew,
 				MaxAge: maxAge, MaxMsgSize: maxMsg, MaxBytes: maxBytes, MaxMsgs: -1, MaxMsgsPerSubject: -1, MaxConsumers: -1,
 				Duplicates: dedupeWindow, AllowDirect: true,
