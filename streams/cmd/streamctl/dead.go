@@ -254,12 +254,6 @@ func deadShow(ctx context.Context, e env, conn *streams.Conn, seq uint64, reveal
 		return 0, fmt.Errorf("read %s at %d: %w", streams.StreamDead, seq, err)
 	}
 	d := newDeadLetter(m)
-	d.Body = masked(m.Data)
-	if reveal {
-		d.Body = m.Data
-		if !json.Valid(m.Data) {
-			d.Body, _ = json.Marshal(m.Data) // base64
-		}
-	}
+	d.Body = shown(m.Data, reveal)
 	return exitDone, printJSON(e.stdout, d)
 }

@@ -55,7 +55,11 @@ func exporter(ctx context.Context, e env, fs *flag.FlagSet, args []string) (int,
 	if err := parse(fs, args); err != nil {
 		return exitUsage, err
 	}
-	if err := exporterProgram().Serve(ctx, e.getenv, e.stdout); err != nil {
+	getenv, err := e.settings()
+	if err != nil {
+		return exitFailed, err
+	}
+	if err := exporterProgram().Serve(ctx, getenv, e.stdout); err != nil {
 		return exitFailed, err //nolint:wrapcheck // says what it was doing
 	}
 	return exitDone, nil

@@ -3,6 +3,8 @@
 //	streamctl apply    create or update streams and durables
 //	streamctl diff     show what apply would change
 //	streamctl status   show streams and durables
+//	streamctl tail     follow what is stored in a stream
+//	streamctl show     print what is in a stream
 //	streamctl trace    follow one event through everything
 //	streamctl dead     list, show, redrive and purge dead letters
 //	streamctl replay   have a stage see events again
@@ -12,7 +14,8 @@
 //	streamctl audit    show who changed or revealed what
 //	streamctl exporter serve every durable's lag, make room in full streams, send heartbeats
 //
-// It reaches NATS by the same NATS_* settings as the services. Results go to
+// It reaches NATS by the same NATS_* settings as the services, or by a context
+// of the nats command that --context or NATS_CONTEXT names. Results go to
 // standard output, everything else to standard error. Exit codes:
 //
 //	0  done
@@ -66,6 +69,8 @@ type env struct {
 	getenv         func(string) string
 	stdin          io.Reader
 	stdout, stderr io.Writer
+	// context is the value of --context, once that is parsed.
+	context *string
 }
 
 // confirm asks on a person's terminal; anything but a yes is a no.
@@ -88,6 +93,8 @@ func verbs() []verb {
 		{"apply", "[--replicas N] [--max-bytes STREAM=SIZE]… [--allow-loss] [--json] [--timeout 30s]", "create or update streams and durables", apply},
 		{"diff", "[--replicas N] [--max-bytes STREAM=SIZE]… [--json] [--timeout 30s]", "show what apply would change, and change nothing; exit code 4 if there is something", diff},
 		{"status", "[--watch] [--json] [--timeout 30s]", "show streams and durables: sizes, lag in messages and seconds, who is stuck", status},
+		{"tail", "STREAM [--subscriber N] [--request-id ID] [--since TIME] [--reveal] [--json]", "follow a stream (ingest, enriched, backfill, dead), personal data masked unless --reveal", tail},
+		{"show", "STREAM [--subscriber N] [--request-id ID] [--since TIME] [--until TIME] [--from-seq N] [--limit N] [--reveal] [--json]", "print what is in a stream, personal data masked unless --reveal", show},
 		{"trace", "REQUEST_ID [--since TIME] [--record-ttl 24h] [--json]", "follow one event through the streams to its record, and say where it is now", trace},
 		{"dead", "list|show SEQUENCE|redrive|purge [--stage S] [--reason R] [--subscriber N] [--request-id ID] [--since TIME] [--until TIME] [--json]", "dead letters: show masks personal data unless --reveal; redrive has the flags of replay, and --all; purge asks first unless --yes", dead},
 		{"replay", "--stage STAGE --since TIME [--until TIME] [--only-missing] [--dry-run] [--rate N] [--json] | --resume ID", "have a stage see events again, behind live traffic", replay},
@@ -136,7 +143,8 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdin i
 		}
 		fs := flag.NewFlagSet(v.name, flag.ContinueOnError)
 		fs.SetOutput(io.Discard) // run prints what there is to say
-		code, err := v.run(ctx, env{getenv, stdin, stdout, stderr}, fs, args[1:])
+		context := fs.String("context", getenv("NATS_CONTEXT"), "`NAME` of a context of the nats command; NATS_* settings go before it")
+		code, err := v.run(ctx, env{getenv, stdin, stdout, stderr, context}, fs, args[1:])
 		_, badUsage := errors.AsType[usageError](err)
 		switch {
 		case errors.Is(err, flag.ErrHelp):
@@ -181,13 +189,20 @@ func help(w io.Writer) {
 	fmt.Fprint(w, "\nstreamctl VERB --help lists a verb's flags.\nExit codes: 0 done, 1 failed, 2 usage, 3 nothing matched, 4 stopped with work left (diff: there are differences).\n\nSettings (environment):\n")
 	s := ops.NewSettings(func(string) string { return "" })
 	streams.ReadConnectConfig(s, "streamctl")
+	readRedisURL(s)
+	readLimits(s)
+	readRate(s)
 	ops.PrintSettings(w, s.Asked())
 }
 
 // connect reaches NATS within ctx. Errors name the servers without
 // credentials.
 func (e env) connect(ctx context.Context) (*streams.Conn, error) {
-	s := ops.NewSettings(e.getenv)
+	getenv, err := e.settings()
+	if err != nil {
+		return nil, err
+	}
+	s := ops.NewSettings(getenv)
 	cfg := streams.ReadConnectConfig(s, "streamctl")
 	if err := s.Err(); err != nil {
 		return nil, fmt.Errorf("%w:\n%w", ops.ErrSettings, err)

@@ -37,7 +37,7 @@ func (h *recordHead) readyFor(it *item) bool {
 // redis returns a client of REDIS_URL, or nil when it is not set.
 func (e env) redis() (redis.UniversalClient, error) {
 	s := ops.NewSettings(e.getenv)
-	raw := s.String("REDIS_URL", "", "where the records are")
+	raw := readRedisURL(s)
 	if err := s.Err(); err != nil {
 		return nil, fmt.Errorf("%w:\n%w", ops.ErrSettings, err)
 	}
@@ -49,6 +49,10 @@ func (e env) redis() (redis.UniversalClient, error) {
 		return nil, fmt.Errorf("%w:\nREDIS_URL: %w", ops.ErrSettings, err)
 	}
 	return c, nil
+}
+
+func readRedisURL(s *ops.Settings) string {
+	return string(s.Secret("REDIS_URL", "where the records and the vendor's quota are, in the persister's form; without it they are not looked at"))
 }
 
 func (e env) records() (*records, error) {

@@ -2,13 +2,19 @@ package main
 
 import (
 	"context"
+	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"text/tabwriter"
 	"time"
 
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/redis/go-redis/v9"
+
 	"github.com/idenza/fingerprint-prefetch/streams"
+	"github.com/idenza/fingerprint-prefetch/streams/ops"
 )
 
 // streamStatus is one line of status. Bytes and MaxBytes are in bytes; the
@@ -33,11 +39,97 @@ type durableStatus struct {
 	// State is done, working, idle (messages wait and nobody asks for them)
 	// or paused.
 	State string `json:"state"`
+	// PausedUntil is when a pause ends.
+	PausedUntil time.Time `json:"paused_until,omitzero"`
+}
+
+// quotaStatus is the vendor's quota, as the prefetchers share it in Redis.
+type quotaStatus struct {
+	// Tokens are the calls that may be made at once, of at most Burst.
+	Tokens float64 `json:"tokens"`
+	Burst  float64 `json:"burst"`
+	// Rate in calls per second, 0 for no limit, is FINGERPRINT_RATE_LIMIT as
+	// this process has it.
+	Rate float64 `json:"rate"`
+	// PausedSeconds is how long no call is made after the vendor's refusal.
+	PausedSeconds float64 `json:"paused_seconds,omitempty"`
+	// Used is false when no prefetcher has taken a token for an hour.
+	Used bool `json:"used"`
+}
+
+// burstFactor is the prefetcher's: the bucket holds three times the rate.
+const burstFactor = 3
+
+// readQuota returns nil without REDIS_URL.
+func readQuota(ctx context.Context, rdb redis.UniversalClient, rate float64) (*quotaStatus, error) {
+	if rdb == nil {
+		return nil, nil
+	}
+	now, err := rdb.Time(ctx).Result()
+	if err != nil {
+		return nil, fmt.Errorf("look at the quota: %w", err)
+	}
+	var h struct {
+		Tokens float64 `redis:"tokens"`
+		At     float64 `redis:"at"` // in microseconds, like the next
+		Paused float64 `redis:"paused"`
+	}
+	got := rdb.HMGet(ctx, streams.QuotaKey, "tokens", "at", "paused")
+	if err := got.Scan(&h); err != nil {
+		return nil, fmt.Errorf("look at the quota: %w", err)
+	}
+	q := &quotaStatus{Rate: rate, Burst: max(burstFactor*rate, 1), Used: h.At != 0}
+	micros := float64(now.UnixMicro())
+	q.PausedSeconds = max(0, (h.Paused-micros)/1e6)
+	q.Tokens = min(q.Burst, h.Tokens+max(0, micros-h.At)/1e6*rate)
+	return q, nil
+}
+
+// replayStatus is a replay or redrive that is not finished.
+type replayStatus struct {
+	ID    string `json:"id"`
+	Verb  string `json:"verb"`
+	Stage string `json:"stage,omitempty"`
+	// Share of the span that is dealt with, 0 to 1.
+	Share   float64   `json:"share"`
+	Copied  uint64    `json:"copied"`
+	Updated time.Time `json:"updated"`
+	// Copied is all; the stages have not finished.
+	Done bool `json:"done,omitempty"`
+}
+
+// readReplays returns those that are not settled. It reads the bucket as the
+// stream it is, which needs no right to make a consumer.
+func readReplays(ctx context.Context, conn *streams.Conn) ([]replayStatus, error) {
+	found := []replayStatus{}
+	in, err := findSpan(ctx, conn.JS, "KV_"+replayBucket, time.Time{}, time.Time{})
+	if errors.Is(err, jetstream.ErrStreamNotFound) {
+		return found, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	err = scan(ctx, conn, in, "$KV."+replayBucket+".>", func(m *jetstream.RawStreamMsg) error {
+		var s feedState
+		if json.Unmarshal(m.Data, &s) != nil || s.Settled {
+			return nil
+		}
+		r := replayStatus{ID: s.ID, Verb: s.verb(), Stage: s.Stage, Share: 1, Copied: s.Counts.Copied, Updated: s.Updated, Done: s.Done}
+		if !s.Done && s.Span.To >= s.Span.From {
+			r.Share = float64(s.Next-s.Span.From) / float64(s.Span.To+1-s.Span.From)
+		}
+		found = append(found, r)
+		return nil
+	})
+	return found, err
 }
 
 type statusReport struct {
 	Streams  []streamStatus  `json:"streams"`
 	Durables []durableStatus `json:"durables"`
+	// Quota is there with REDIS_URL.
+	Quota   *quotaStatus   `json:"quota,omitempty"`
+	Replays []replayStatus `json:"replays"`
 }
 
 // watchPeriod is gentle to the server: consumer info is not free.
@@ -50,6 +142,18 @@ func status(ctx context.Context, e env, fs *flag.FlagSet, args []string) (int, e
 	if err := parse(fs, args); err != nil {
 		return 0, err
 	}
+	rdb, err := e.redis()
+	if err != nil {
+		return 0, err
+	}
+	if rdb != nil {
+		defer rdb.Close()
+	}
+	settings := ops.NewSettings(e.getenv)
+	rate := readRate(settings)
+	if err := settings.Err(); err != nil {
+		return 0, fmt.Errorf("%w:\n%w", ops.ErrSettings, err)
+	}
 	connCtx, cancel := context.WithTimeout(ctx, f.timeout)
 	defer cancel()
 	conn, err := e.connect(connCtx)
@@ -60,6 +164,12 @@ func status(ctx context.Context, e env, fs *flag.FlagSet, args []string) (int, e
 	for {
 		once, cancel := context.WithTimeout(ctx, f.timeout)
 		r, err := readStatus(once, conn)
+		if err == nil {
+			r.Quota, err = readQuota(once, rdb, rate)
+		}
+		if err == nil {
+			r.Replays, err = readReplays(once, conn)
+		}
 		cancel()
 		if err != nil {
 			if *watch && ctx.Err() != nil {
@@ -118,10 +228,14 @@ func readStatus(ctx context.Context, conn *streams.Conn) (statusReport, error) {
 			case info.NumWaiting == 0 && lag.InFlight == 0:
 				state = "idle"
 			}
-			r.Durables = append(r.Durables, durableStatus{
+			line := durableStatus{
 				Stream: d.Stream.Name, Durable: c.Durable, Pending: lag.Pending, InFlight: lag.InFlight,
 				OldestSeconds: lag.Seconds(now), State: state,
-			})
+			}
+			if info.Paused {
+				line.PausedUntil = now.Add(info.PauseRemaining).UTC().Truncate(time.Second)
+			}
+			r.Durables = append(r.Durables, line)
 		}
 	}
 	return r, nil
@@ -148,7 +262,38 @@ func printStatus(w io.Writer, r statusReport) {
 	fmt.Fprintln(w)
 	fmt.Fprintln(t, "DURABLE\tPENDING\tIN FLIGHT\tOLDEST\tSTATE")
 	for _, d := range r.Durables {
-		fmt.Fprintf(t, "%s\t%d\t%d\t%.0fs\t%s\n", d.Durable, d.Pending, d.InFlight, d.OldestSeconds, d.State)
+		state := d.State
+		if !d.PausedUntil.IsZero() {
+			state += " until " + d.PausedUntil.Format(time.RFC3339)
+		}
+		fmt.Fprintf(t, "%s\t%d\t%d\t%.0fs\t%s\n", d.Durable, d.Pending, d.InFlight, d.OldestSeconds, state)
 	}
 	t.Flush()
+	if q := r.Quota; q != nil {
+		fmt.Fprintln(w)
+		switch {
+		case !q.Used:
+			fmt.Fprintln(w, "vendor's quota: not used within the hour")
+		case q.Rate == 0:
+			fmt.Fprintln(w, "vendor's quota: no limit is set")
+		default:
+			fmt.Fprintf(w, "vendor's quota: %.1f of %.0f calls at once, %g per second\n", q.Tokens, q.Burst, q.Rate)
+		}
+		if q.PausedSeconds > 0 {
+			fmt.Fprintf(w, "the vendor refuses calls: none for %.1fs\n", q.PausedSeconds)
+		}
+	}
+	if len(r.Replays) > 0 {
+		fmt.Fprintln(w)
+		fmt.Fprintln(t, "UNFINISHED\tID\tSTAGE\tREAD\tCOPIED\tLAST SAVED")
+		for _, p := range r.Replays {
+			fmt.Fprintf(t, "%s\t%s\t%s\t%.0f%%\t%d\t%s ago\n", p.Verb, p.ID, p.Stage, 100*p.Share, p.Copied, age(p.Updated))
+		}
+		t.Flush()
+	}
+}
+
+// readRate reads the prefetcher's setting, for what status says of the quota.
+func readRate(s *ops.Settings) float64 {
+	return s.Rate("FINGERPRINT_RATE_LIMIT", defaultRate, "the vendor's calls per second for the fleet, as the prefetcher has it")
 }

@@ -61,7 +61,7 @@ func trace(ctx context.Context, e env, fs *flag.FlagSet, args []string) (int, er
 	var f commonFlags
 	f.declare(fs)
 	var since timeFlag
-	ttl := fs.Duration("record-ttl", 24*time.Hour, "life of a record, the persister's RECORD_TTL")
+	ttl := fs.Duration("record-ttl", 0, "life of a record, instead of RECORD_TTL")
 	fs.Var(&since, "since", "look from this `time` on; else from the id's own, else 72h back")
 	words, err := parseMixed(fs, args, 1)
 	if err != nil {
@@ -77,6 +77,10 @@ func trace(ctx context.Context, e env, fs *flag.FlagSet, args []string) (int, er
 			since.Time = t.Add(-time.Minute) // clocks differ
 		}
 	}
+	limits, err := e.limits(*ttl)
+	if err != nil {
+		return 0, err
+	}
 	rdb, err := e.redis()
 	if err != nil {
 		return 0, err
@@ -91,7 +95,7 @@ func trace(ctx context.Context, e env, fs *flag.FlagSet, args []string) (int, er
 		return 0, err
 	}
 	defer conn.Close()
-	r, err := readTrace(ctx, conn, rdb, id, since.Time, *ttl)
+	r, err := readTrace(ctx, conn, rdb, id, since.Time, limits.RecordTTL)
 	if err != nil {
 		return 0, err
 	}
