@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"slices"
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
@@ -204,24 +205,40 @@ func (r *runner) nextWake(now time.Time) time.Duration {
 
 // stop takes nothing new, hands back what no handler has begun, lets the
 // others finish, and acks what they did.
+//
+// Nothing is handed back before the last pull has ended, a second at most: that
+// pull would get it again, and again, and in one second a message collects the
+// deliveries of one that kills its process.
 func (r *runner) stop() error {
 	deadline := time.NewTimer(r.StopTimeout)
 	defer deadline.Stop()
-	for _, d := range r.ready.pop(r.ready.len()) {
-		r.handBack(d)
+	var back []jetstream.Msg
+	handBack := func(msgs ...jetstream.Msg) {
+		if back = append(back, msgs...); r.pulled != nil {
+			return
+		}
+		for _, msg := range back {
+			_ = msg.Nak() // the server notices by itself when this is lost
+			r.metrics.handedBack.Inc()
+		}
+		back = nil
 	}
-	for _, d := range append(r.suspects, r.parked...) {
-		r.handBack(d)
+	drop := func(d *Delivery) {
+		delete(r.held, d.Sequence)
+		handBack(d.msg)
+	}
+	for _, d := range slices.Concat(r.ready.pop(r.ready.len()), r.suspects, r.parked) {
+		drop(d)
 	}
 	for r.running > 0 || r.pulled != nil {
 		select {
 		case msg, open := <-r.pulled:
-			if !open {
-				r.pulled = nil
+			if open {
+				back = append(back, msg)
 				continue
 			}
-			_ = msg.Nak() // the server notices by itself when this is lost
-			r.metrics.handedBack.Inc()
+			r.pulled = nil
+			handBack()
 		case res := <-r.results:
 			r.running--
 			for i, d := range res.batch {
@@ -233,21 +250,17 @@ func (r *runner) stop() error {
 					r.metrics.dead(dec.reason).Inc()
 					r.ack(d)
 				default:
-					r.handBack(d)
+					drop(d)
 				}
 			}
 		case <-deadline.C:
+			r.pulled = nil
+			handBack()
 			return fmt.Errorf("consumer %s: %d handler calls still running after %v; their messages will be delivered again", r.Durable, r.running, r.StopTimeout)
 		}
 	}
 	r.keepAlive(time.Now()) // acks that had failed
 	return nil
-}
-
-func (r *runner) handBack(d *Delivery) {
-	_ = d.msg.Nak() // the server notices by itself when this is lost
-	r.metrics.handedBack.Inc()
-	delete(r.held, d.Sequence)
 }
 
 func (r *runner) observe() {

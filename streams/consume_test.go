@@ -334,6 +334,32 @@ func TestConsumerHandsBackAtOnceOnStop(t *testing.T) {
 	}
 }
 
+// A stopping replica's last pull must not get again what it hands back: each
+// time would count as a delivery, and enough of them as poison.
+func TestConsumerHandsBackOnceOnStop(t *testing.T) {
+	s := newStage(t)
+	s.Concurrency, s.Window = 4, 20
+	s.publish("parked-1", "parked-2", "parked-3")
+	parked := make(chan struct{}, 3)
+	s.start(streams.Each(func(context.Context, *streams.Delivery) streams.Decision {
+		parked <- struct{}{}
+		return streams.RetryAfter(time.Minute, errors.New("not yet"))
+	}))
+	for range 3 {
+		<-parked
+	}
+	if err := s.stop(); err != nil {
+		t.Fatal(err)
+	}
+	s.start(streams.Each(func(_ context.Context, d *streams.Delivery) streams.Decision {
+		if d.Deliveries > 2 {
+			t.Errorf("%s: delivery %d after one stop", d.Data, d.Deliveries)
+		}
+		return streams.Done()
+	}))
+	s.settled()
+}
+
 func TestConsumerStopsInTimeWithAHungHandler(t *testing.T) {
 	s := newStage(t)
 	s.StopTimeout = 50 * time.Millisecond
