@@ -6,6 +6,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"time"
@@ -335,7 +337,9 @@ func (s *system) replay(ctx context.Context, since time.Time, onlyMissing bool) 
 	}
 	args := first
 	for {
+		begin := time.Now()
 		out, err := s.streamctl(ctx, args...)
+		s.logReplay(args, time.Since(begin), out)
 		if err == nil || exitCode(err) == 3 { // nothing to replay
 			return nil
 		}
@@ -346,6 +350,16 @@ func (s *system) replay(ctx context.Context, since time.Time, onlyMissing bool) 
 			return fmt.Errorf("streamctl %s: %w\n%s", strings.Join(args, " "), err, out)
 		}
 	}
+}
+
+// logReplay keeps what the tool said beside the logs of the services.
+func (s *system) logReplay(args []string, took time.Duration, out string) {
+	f, err := os.OpenFile(filepath.Join(s.dir, "logs", "streamctl.log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		return
+	}
+	defer f.Close()
+	fmt.Fprintf(f, "%s streamctl %s, after %v:\n%s", time.Now().Format(time.RFC3339), strings.Join(args, " "), took, out)
 }
 
 func exitCode(err error) int {

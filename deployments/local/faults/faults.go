@@ -141,6 +141,7 @@ type runner struct {
 
 	mu     sync.Mutex
 	active map[string]bool
+	fine   []time.Time // when the pipeline had caught up
 }
 
 func run(ctx context.Context, o options, stderr io.Writer) (_ *report, err error) {
@@ -193,7 +194,11 @@ func run(ctx context.Context, o options, stderr io.Writer) (_ *report, err error
 	watching.Go(func() { r.watch.run(watchCtx) })
 	r.out = newProgress(stderr, r)
 	watching.Go(func() { r.out.run(watchCtx) })
-	defer func() { stopWatch(); watching.Wait() }()
+	watching.Go(func() { r.observe(watchCtx) })
+	defer func() {
+		stopWatch()
+		watching.Wait()
+	}()
 
 	r.calm(ctx, "start")
 	r.mixAndSteady(ctx)
@@ -218,7 +223,7 @@ func run(ctx context.Context, o options, stderr io.Writer) (_ *report, err error
 	sys.mu.Lock()
 	rep.Crashes = slices.Clone(sys.crashes)
 	sys.mu.Unlock()
-	rep.finish(posts, r.begun)
+	rep.finish(posts, r.begun, r.fine)
 	return rep, nil
 }
 
@@ -265,16 +270,12 @@ func (r *runner) up(ctx context.Context, f fault, st step) {
 	sleep(ctx, st.For)
 	r.mend(ctx, e)
 	r.settled(ctx, rest)
-	r.mu.Lock()
-	e.Alone = e.Alone && len(r.active) == 0
-	r.mu.Unlock()
-	go r.recovery(e)
 }
 
 // begin breaks something and writes it down.
 func (r *runner) begin(ctx context.Context, f fault, pick uint64) *entry {
 	r.mu.Lock()
-	e := &entry{Name: f.name, Alone: len(r.active) == 0, at: time.Now()}
+	e := &entry{Name: f.name, Part: f.part, at: time.Now()}
 	r.active[f.name] = true
 	r.rep.Faults = append(r.rep.Faults, e)
 	r.mu.Unlock()
@@ -301,27 +302,31 @@ func (r *runner) mend(ctx context.Context, e *entry) {
 // caught up.
 const behind = 2 * time.Second
 
-// settled waits until events are accepted and become records at once, for so
-// long at most.
-func (r *runner) settled(ctx context.Context, most time.Duration) bool {
-	ctx, cancel := context.WithTimeout(ctx, most)
-	defer cancel()
-	return poll(ctx, func() error {
-		if _, _, oldest := r.watch.state(); oldest > behind || time.Since(time.Unix(0, r.load.latest.Load())) > time.Second {
-			return errBehind
-		}
-		return nil
-	}) == nil
-}
-
 var errBehind = errors.New("has not caught up")
 
-// recovery writes down how long after the mending everything was as before.
-func (r *runner) recovery(e *entry) {
-	if r.settled(context.Background(), 3*time.Minute) {
-		r.mu.Lock()
-		defer r.mu.Unlock()
-		e.recovered = time.Now()
+// caughtUp returns nil while events are accepted and become records at once.
+func (r *runner) caughtUp() error {
+	if _, _, oldest := r.watch.state(); oldest > behind || time.Since(time.Unix(0, r.load.latest.Load())) > time.Second {
+		return errBehind
+	}
+	return nil
+}
+
+// settled waits until the pipeline has caught up, for so long at most.
+func (r *runner) settled(ctx context.Context, most time.Duration) {
+	ctx, cancel := context.WithTimeout(ctx, most)
+	defer cancel()
+	_ = poll(ctx, r.caughtUp) // the report says what did not
+}
+
+// observe writes down when the pipeline had caught up, until ctx is done.
+func (r *runner) observe(ctx context.Context) {
+	for sleep(ctx, watchEvery/2) {
+		if r.caughtUp() == nil {
+			r.mu.Lock()
+			r.fine = append(r.fine, time.Now())
+			r.mu.Unlock()
+		}
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -39,6 +40,7 @@ type report struct {
 // entry is one fault as it was.
 type entry struct {
 	Name   string `json:"fault"`
+	Part   string `json:"part"`
 	Target string `json:"target,omitempty"`
 	// At is when it began, counted from the start of the run; For is how long
 	// it was up; mending included.
@@ -48,7 +50,7 @@ type entry struct {
 	// recovery, 10 s after its end at most.
 	Gap time.Duration `json:"gap_ns"`
 	// Recovery is from the mending until events became records at once again;
-	// -1 when that did not happen in three minutes.
+	// -1 when they did not any more.
 	Recovery time.Duration `json:"recovery_ns"`
 	// Posts and Accepted are those sent while it was up.
 	Posts    int `json:"posts"`
@@ -59,8 +61,8 @@ type entry struct {
 	Note  string `json:"note,omitempty"`
 	Bad   bool   `json:"failed,omitempty"`
 
-	undo                  func(context.Context) error
-	at, mended, recovered time.Time
+	undo       func(context.Context) error
+	at, mended time.Time
 }
 
 func (e *entry) note(err error) {
@@ -77,8 +79,9 @@ func (r *report) failed() bool {
 		slices.ContainsFunc(r.Steady, func(s steadyEntry) bool { return len(s.Missing) > 0 })
 }
 
-// finish works out the times.
-func (r *report) finish(posts []*post, begun time.Time) {
+// finish works out the times; fine are those at which the pipeline had caught
+// up.
+func (r *report) finish(posts []*post, begun time.Time, fine []time.Time) {
 	r.Length = time.Since(begun)
 	r.Posts = len(posts)
 	var oks []time.Time
@@ -92,10 +95,13 @@ func (r *report) finish(posts []*post, begun time.Time) {
 	for _, e := range r.Faults {
 		e.At, e.For = e.at.Sub(begun), e.mended.Sub(e.at)
 		until := e.mended.Add(10 * time.Second)
-		if e.Recovery = -1; !e.recovered.IsZero() {
-			e.Recovery = e.recovered.Sub(e.mended)
+		if i, _ := slices.BinarySearchFunc(fine, e.mended, time.Time.Compare); i == len(fine) {
+			e.Recovery = -1
+		} else {
+			e.Recovery = fine[i].Sub(e.mended)
 			until = e.mended.Add(min(e.Recovery+time.Second, 10*time.Second))
 		}
+		e.Alone = !slices.ContainsFunc(r.Faults, func(o *entry) bool { return o != e && o.at.Before(until) && o.mended.Add(rest).After(e.at) })
 		e.Gap = longestGap(oks, e.at, until)
 		r.Gap = max(r.Gap, e.Gap)
 		for _, p := range posts {
@@ -153,6 +159,15 @@ func (r *report) print(w io.Writer) {
 		s.Stored, s.Ready, s.Negative, s.Superseded, s.Dead, s.Waiting, s.Missing)
 	for _, m := range r.Metrics {
 		fmt.Fprintf(w, "Metrics, calm %s: %.0f accepted = %.0f concluded = %.0f written\n", m.Part, m.Accepted, m.Concluded, m.Written)
+	}
+	parts := map[string]time.Duration{}
+	for _, e := range r.Faults {
+		if e.Alone {
+			parts[e.Part] = max(parts[e.Part], e.Gap)
+		}
+	}
+	for _, part := range slices.Sorted(maps.Keys(parts)) {
+		fmt.Fprintf(w, "Longest gap with a fault of %s alone: %s s\n", part, ms(parts[part]))
 	}
 	fmt.Fprintf(w, "%d faults in %v, %d posts, %d accepted, longest gap %s s, drained in %s s\n",
 		len(r.Faults), r.Length.Round(time.Second), r.Posts, r.Accepted, ms(r.Gap), ms(r.Drain))

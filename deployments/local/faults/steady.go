@@ -33,10 +33,7 @@ const promptly = 2*time.Second + 300*time.Millisecond
 func (r *runner) keepUp(ctx context.Context, f fault, pick uint64) {
 	r.settled(ctx, 2*time.Minute)
 	e := r.begin(ctx, f, pick)
-	defer func() {
-		r.mend(ctx, e)
-		r.recovery(e)
-	}()
+	defer r.mend(ctx, e)
 	if !sleep(ctx, settleWithin) {
 		return
 	}
