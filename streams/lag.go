@@ -113,8 +113,10 @@ type StreamRef struct {
 }
 
 // LagCollector polls streams and the lag of their durables, and serves the last
-// answer to Prometheus: a scrape costs the server nothing. Ages are computed at
-// the scrape, so they go on growing while the server is away.
+// answer to Prometheus: a scrape costs the server nothing. The age of a message
+// that is still the oldest one goes on growing from scrape to scrape, also
+// while the server is away; that of a durable which moved on since the look
+// before is what it was at the last look.
 type LagCollector struct {
 	js   jetstream.JetStream
 	log  *slog.Logger
@@ -136,6 +138,21 @@ type LagCollector struct {
 type reading struct {
 	Lag
 	oldest uint64
+	at     time.Time
+	// Whether the oldest message, and what was delivered, are others than in
+	// the reading before.
+	moved, delivering bool
+}
+
+// seconds returns the two ages to be shown at now.
+func (r reading) seconds(now time.Time) (unfinished, undelivered float64) {
+	at := func(moved bool) time.Time {
+		if moved && now.Sub(r.at) < 2*lagPeriod {
+			return r.at // it has hardly stayed the oldest since
+		}
+		return now
+	}
+	return r.Seconds(at(r.moved)), r.UndeliveredSeconds(at(r.delivering))
 }
 
 // NewLagCollector registers a collector on reg for the given streams. A stream
@@ -156,8 +173,8 @@ func NewLagCollector(js jetstream.JetStream, log *slog.Logger, reg prometheus.Re
 		}, []string{"stream", "consumer"}),
 		pending:     desc("fp_consumer_lag_messages", "Messages never delivered yet.", "stream", "consumer"),
 		inFlight:    desc("fp_consumer_ack_pending_messages", "Messages delivered and not acknowledged yet.", "stream", "consumer"),
-		seconds:     desc("fp_consumer_lag_seconds", "Age of the oldest message that is not acknowledged, at scrape time.", "stream", "consumer"),
-		undelivered: desc("fp_consumer_undelivered_seconds", "Age of the oldest message that was never delivered, at scrape time.", "stream", "consumer"),
+		seconds:     desc("fp_consumer_lag_seconds", "Age of the oldest message that is not acknowledged; while that one stays the same, at scrape time.", "stream", "consumer"),
+		undelivered: desc("fp_consumer_undelivered_seconds", "Age of the oldest message that was never delivered; while nothing is, at scrape time.", "stream", "consumer"),
 		delivered:   desc("fp_consumer_delivered_sequence", "Sequence in the stream of the last message handed to anyone. It stands still while nobody asks.", "stream", "consumer"),
 		paused:      desc("fp_consumer_paused", "1 while an operator has paused the durable on the server.", "stream", "consumer"),
 		messages:    desc("fp_stream_messages", "Messages in the stream, finished ones included.", "stream"),
@@ -220,7 +237,7 @@ func (c *LagCollector) poll(ctx context.Context) {
 				}
 				continue
 			}
-			c.keep(s.CachedInfo(), reading{l, oldest})
+			c.keep(s.CachedInfo(), reading{Lag: l, oldest: oldest, at: time.Now()})
 		}
 	}
 	if complete {
@@ -249,6 +266,7 @@ func (c *LagCollector) keep(stream *jetstream.StreamInfo, now reading) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	before := c.last[now.Durable]
+	now.moved, now.delivering = now.oldest != before.oldest, now.Delivered != before.Delivered
 	c.last[now.Durable] = now
 	maxAge, first := stream.Config.MaxAge, stream.State.FirstSeq
 	if before.oldest == 0 || maxAge == 0 || time.Since(before.Oldest) < maxAge || first <= before.oldest {
@@ -275,8 +293,9 @@ func (c *LagCollector) Collect(ch chan<- prometheus.Metric) {
 	for _, l := range c.last {
 		gauge(c.pending, float64(l.Pending), l.Stream, l.Durable)
 		gauge(c.inFlight, float64(l.InFlight), l.Stream, l.Durable)
-		gauge(c.seconds, l.Seconds(now), l.Stream, l.Durable)
-		gauge(c.undelivered, l.UndeliveredSeconds(now), l.Stream, l.Durable)
+		unfinished, undelivered := l.seconds(now)
+		gauge(c.seconds, unfinished, l.Stream, l.Durable)
+		gauge(c.undelivered, undelivered, l.Stream, l.Durable)
 		gauge(c.delivered, float64(l.Delivered), l.Stream, l.Durable)
 		paused := 0.0
 		if l.Paused {
