@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net/http"
@@ -12,26 +13,35 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
+	"github.com/redis/go-redis/v9"
 
 	"github.com/idenza/fingerprint-prefetch/streams"
+	"github.com/idenza/fingerprint-prefetch/streams/ops"
+	"github.com/idenza/fingerprint-prefetch/streams/reader"
 	"github.com/idenza/fingerprint-prefetch/streams/record"
+	"github.com/idenza/fingerprint-prefetch/streams/redisclient"
 	"github.com/idenza/fingerprint-prefetch/streams/streamstest"
 )
 
 // TestShippedPermissionsAreEnough runs every program with its own certificate
-// on the cluster that ships, from a client's post to a record and a replay.
+// and password on the NATS and the Redis that ship, from a client's post to
+// the scorer's answer and a replay.
 func TestShippedPermissionsAreEnough(t *testing.T) {
 	t.Parallel()
 	n := newShippedNATS(t)
-	rs := streamstest.NewRedis(t)
+	rs := newShippedRedis(t, n.authority)
+	redisUsers := map[string]string{"prefetcher": streams.RedisUserPrefetcher, "persister": streams.RedisUserPersister, "streamctl": streams.RedisUserStreamctl}
 	p := newPipelineAt(t, func(service string) []string {
 		env := n.env(service)
-		if service != streams.UserIngest {
-			env = append(env, "REDIS_URL="+rs.URL())
+		if user, ok := redisUsers[service]; ok {
+			rs.secret(user, user+"-1")
+			env = append(env, rs.env(user)...)
 		}
 		return env
 	})
-	p.rdb = redisClient(t, rs.URL())
+	p.rdb = rs.client(t, rs.url("scorer", "scorer-1"))
+	// With a limit, so that the quota is shared through Redis.
+	p.procs["prefetcher"].env = append(p.procs["prefetcher"].env, "FINGERPRINT_RATE_LIMIT=100")
 	p.add("exporter")
 	p.procs["exporter"].binary, p.procs["exporter"].args = "streamctl", []string{"exporter"}
 	services := []string{"ingest", "prefetcher", "persister", "exporter"}
@@ -45,6 +55,19 @@ func TestShippedPermissionsAreEnough(t *testing.T) {
 		t.Fatalf("%d %s", status, answer)
 	}
 	p.eventually("1A2B3C4D5E", record.Ready)
+	scorer := reader.Reader{Get: func(ctx context.Context, key string) ([]byte, error) {
+		b, err := p.rdb.Get(ctx, key).Bytes()
+		if errors.Is(err, redis.Nil) {
+			return nil, nil
+		}
+		return b, err
+	}}
+	if res, err := scorer.Lookup(t.Context(), 12, "1A2B3C4D5E"); err != nil || res.Outcome != reader.Ready {
+		t.Errorf("the scorer finds %s, %v", res.Outcome, err)
+	}
+	if v := p.metric("prefetcher", "fp_prefetch_quota_shared"); v != 1 {
+		t.Errorf("fp_prefetch_quota_shared = %v", v)
+	}
 	out.WriteString(p.streamctl("status"))
 	out.WriteString(p.streamctl("trace", "1A2B3C4D5E"))
 	// The id belongs to subscriber 12: 13's event is a dead letter.
@@ -81,6 +104,11 @@ func TestShippedPermissionsAreEnough(t *testing.T) {
 		})
 	}
 	p.eventually("1A2B3C4D5E", record.Ready)
+	// One call for each event, and one more for the replay of 13's, which has
+	// no record; the replay of 12's saw its own.
+	if calls := p.sim.CallsFor("1A2B3C4D5E"); calls != 3 {
+		t.Errorf("%d calls to the vendor, want 3", calls)
+	}
 
 	streamstest.Eventually(t, "the exporter to have read every stream and durable", func() bool {
 		return p.metric("exporter", "fp_stream_collector_last_success_timestamp_seconds") > 0
@@ -132,7 +160,7 @@ func TestShippedPermissionsRefuseTheRest(t *testing.T) {
 		streams.StagePersister:  slices.Concat(destroy, administer, purge, ingestOthers, enrich, asPrefetcher, read[2:]),
 		streams.UserExporter:    slices.Concat(destroy, administer, ingestOthers, enrich, asPrefetcher, asPersister),
 		streams.UserStreamctl:   slices.Concat(destroy, ingestOthers, enrich, asPrefetcher[1:], asPersister[1:]),
-		streams.UserOperator:    slices.Concat(destroy, administer, purge, ingestOthers, enrich, asPrefetcher, asPersister, read),
+		streams.UserOperator:    slices.Concat(destroy, administer, purge, ingestOthers, enrich, asPrefetcher, asPersister),
 	}
 	for _, p := range streams.AllPermissions() {
 		user := p.User
@@ -161,7 +189,7 @@ func TestShippedPermissionsRefuseTheRest(t *testing.T) {
 				check(reply, func() error { return nc.Publish(reply, []byte("x")) })
 			}
 			for _, subject := range slices.Concat(readAll, inboxes) {
-				if subject == "_INBOX_"+user+".>" {
+				if subject == "_INBOX_"+user+".>" || user == streams.UserOperator && subject == "_INBOX_streamctl.>" { // it runs streamctl
 					continue
 				}
 				check(subject, func() error { _, err := nc.SubscribeSync(subject); return err })
@@ -206,5 +234,113 @@ func TestShippedNATSKnowsItsClients(t *testing.T) {
 				t.Errorf("not refused: %v", err)
 			}
 		})
+	}
+}
+
+// TestShippedRedisRefusesTheRest tries, with each user's password and without
+// one, what the Redis that ships must refuse.
+func TestShippedRedisRefusesTheRest(t *testing.T) {
+	t.Parallel()
+	ca := newAuthority(t)
+	r := newShippedRedis(t, ca)
+	const mine, script = "fp:prefetch:A", "return redis.call(ARGV[1], KEYS[1], 'x', 'y')"
+	const around = "return redis.call('GETRANGE', 'fp:' .. 'other', 0, 1)"
+	type command = []any
+	everyone := []command{
+		{"flushall"}, {"keys", "*"}, {"config", "get", "*"}, {"acl", "list"}, {"acl", "whoami"}, {"client", "list"}, {"client", "kill", "type", "normal"},
+		{"shutdown", "nosave"}, {"save"}, {"bgrewriteaof"}, {"replicaof", "no", "one"}, {"monitor"}, {"info"}, {"slowlog", "get"}, {"swapdb", 0, 1},
+		{"function", "list"}, {"script", "flush"}, {"subscribe", "c"}, {"publish", "c", "x"}, {"expire", mine, 1}, {"rename", mine, "x"}, {"get", "other"}, {"set", "other", "x"},
+	}
+	for user, own := range map[string][]command{
+		streams.RedisUserPersister:  {{"scan", 0}, {"del", mine}, {"hset", "fp:quota:fingerprint", "a", 1}, {"eval", around, 1, mine}, {"eval", script, 1, "fp:quota:fingerprint", "hset"}, {"mget", mine, "other"}},
+		streams.RedisUserPrefetcher: {{"scan", 0}, {"del", mine}, {"set", mine, "x"}, {"eval", script, 1, mine, "hset"}, {"eval", around, 1, "fp:quota:fingerprint"}, {"mget", mine}},
+		streams.RedisUserScorer:     {{"scan", 0}, {"del", mine}, {"set", mine, "x"}, {"eval", script, 1, mine, "set"}, {"hgetall", "fp:quota:fingerprint"}, {"mget", mine, "other"}},
+		streams.RedisUserStreamctl:  {{"set", mine, "x"}, {"eval", script, 1, mine, "set"}, {"del", "fp:quota:fingerprint"}, {"hset", "fp:quota:fingerprint", "a", 1}},
+		streams.RedisUserOperator:   {{"scan", 0}, {"del", mine}, {"set", mine, "x"}, {"eval", around, 1, mine}},
+	} {
+		c := r.client(t, r.url(user, user+"-1"))
+		if err := c.Ping(t.Context()).Err(); err != nil {
+			t.Fatalf("%s cannot do anything: %v", user, err)
+		}
+		for _, cmd := range slices.Concat(everyone, own) {
+			err := c.Do(t.Context(), cmd...).Err()
+			if err == nil || !strings.Contains(err.Error(), "NOPERM") && !strings.Contains(err.Error(), "The user executing the script can't") {
+				t.Errorf("%s %v is not refused: %v", user, cmd, err)
+			}
+		}
+	}
+
+	foreign := t.TempDir()
+	newAuthority(t).issue(foreign, "localhost")
+	open := func(url, ca string) error {
+		c, err := redisclient.Open(redisclient.Config{URL: func() ops.Secret { return ops.Secret(url) }, CAFile: ca})
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		return c.Ping(t.Context()).Err()
+	}
+	own := filepath.Join(r.dir, "ca.crt")
+	good := r.url("scorer", "scorer-1")
+	if err := open(good, own); err != nil {
+		t.Fatal(err)
+	}
+	for name, tt := range map[string]struct{ url, ca, why string }{
+		"a wrong password":        {r.url("scorer", "guess"), own, "WRONGPASS"},
+		"another's password":      {r.url("persister", "scorer-1"), own, "WRONGPASS"},
+		"no user":                 {"rediss://" + localhost(r.addr) + "/0", own, "NOAUTH"},
+		"the default user":        {r.url("default", "scorer-1"), own, "WRONGPASS"},
+		"the system's CAs":        {good, "", "unknown authority"},
+		"another CA":              {good, filepath.Join(foreign, "ca.crt"), "unknown authority"},
+		"a name not the server's": {strings.Replace(good, "localhost", "127.0.0.1", 1), own, "IP SANs"},
+		"a CA that is not there":  {good, filepath.Join(foreign, "none"), "no such file"},
+		"no TLS":                  {strings.Replace(good, "rediss:", "redis:", 1), "", ""},
+	} {
+		if err := open(tt.url, tt.ca); err == nil || !strings.Contains(err.Error(), tt.why) {
+			t.Errorf("%s: %v, want %q", name, err, tt.why)
+		}
+	}
+}
+
+// TestRedisPasswordRotatesWithoutARestart follows the README's steps while the
+// services run.
+func TestRedisPasswordRotatesWithoutARestart(t *testing.T) {
+	t.Parallel()
+	n := streamstest.NewEmptyNATS(t)
+	r := newShippedRedis(t, newAuthority(t))
+	p := newPipelineAt(t, func(service string) []string {
+		env := []string{"NATS_URL=" + n.URL}
+		if service != "ingest" && service != "streamctl" {
+			r.secret(service, service+"-1")
+			env = append(env, r.env(service)...)
+		}
+		return env
+	})
+	p.apply()
+	services := []string{"ingest", "prefetcher", "persister"}
+	p.start(services...)
+	p.ready(services...)
+	works := func(id, password string) {
+		t.Helper()
+		p.rdb = r.client(t, r.url("scorer", "scorer-"+password))
+		if status, answer := p.post(id); status != http.StatusAccepted {
+			t.Fatalf("%d %s", status, answer)
+		}
+		p.eventually(id, record.Ready)
+	}
+	works("old", "1")
+	r.passwords("1", "2")
+	r.restart()
+	works("both", "1")
+	for _, user := range []string{"prefetcher", "persister"} {
+		r.secret(user, user+"-2")
+	}
+	r.passwords("2")
+	r.restart()
+	works("new", "2")
+	for _, id := range []string{"old", "both"} {
+		if p.status(id) != record.Ready { // Redis kept its data
+			t.Errorf("%s is %q after Redis restarted", id, p.status(id))
+		}
 	}
 }

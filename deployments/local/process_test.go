@@ -63,7 +63,7 @@ type pipeline struct {
 	t     *testing.T
 	nats  *streamstest.NATS
 	redis *streamstest.Redis
-	rdb   *redis.Client
+	rdb   redis.Cmdable
 	sim   *fingerprintsim.Sim
 	// servers returns the settings by which a service reaches NATS and Redis.
 	servers func(service string) []string

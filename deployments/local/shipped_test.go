@@ -1,9 +1,11 @@
 package main
 
 import (
+	"bytes"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
@@ -14,13 +16,17 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/nats-io/nats-server/v2/server"
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/redis/go-redis/v9"
 
 	"github.com/idenza/fingerprint-prefetch/streams"
+	"github.com/idenza/fingerprint-prefetch/streams/ops"
+	"github.com/idenza/fingerprint-prefetch/streams/redisclient"
 	"github.com/idenza/fingerprint-prefetch/streams/streamstest"
 )
 
@@ -175,16 +181,22 @@ func localhost(addr string) string {
 func (n *shippedNATS) start(name string) {
 	n.t.Helper()
 	dir, _ := build()
-	cmd := exec.Command(filepath.Join(dir, "nats-server"), "--config", n.nodes[name].conf)
-	cmd.Stdout, cmd.Stderr = n.t.Output(), n.t.Output()
+	n.nodes[name].cmd = startProcess(n.t, filepath.Join(dir, "nats-server"), "--config", n.nodes[name].conf)
+}
+
+// startProcess runs a server for the length of the test.
+func startProcess(t *testing.T, binary string, args ...string) *exec.Cmd {
+	t.Helper()
+	cmd := exec.Command(binary, args...)
+	cmd.Stdout, cmd.Stderr = t.Output(), t.Output()
 	if err := cmd.Start(); err != nil {
-		n.t.Fatal(err)
+		t.Fatal(err)
 	}
-	n.nodes[name].cmd = cmd
-	n.t.Cleanup(func() {
+	t.Cleanup(func() {
 		_ = cmd.Process.Kill() // may have ended already
 		_ = cmd.Wait()
 	})
+	return cmd
 }
 
 // config is how a user reaches the cluster: by its certificate, whatever its
@@ -216,5 +228,110 @@ func (n *shippedNATS) connect(t *testing.T, user string) *streams.Conn {
 	}
 	t.Cleanup(c.Close)
 	streamstest.Eventually(t, "connection of "+user, c.NC.IsConnected)
+	return c
+}
+
+// shippedRedis is a redis-server process that runs the configuration of
+// deployments/k8s, with users from the generated ACL.
+type shippedRedis struct {
+	t               *testing.T
+	dir, addr, conf string
+	cmd             *exec.Cmd
+}
+
+// newShippedRedis starts one whose users' passwords are "<user>-1".
+func newShippedRedis(t *testing.T, ca *authority) *shippedRedis {
+	t.Helper()
+	r := &shippedRedis{t: t, dir: t.TempDir(), addr: streamstest.FreeAddr(t)}
+	ca.issue(r.dir, "localhost")
+	r.passwords("1")
+	_, port, _ := net.SplitHostPort(r.addr)
+	conf := strings.NewReplacer(
+		"tls-port 6379", "tls-port "+port+"\nbind 127.0.0.1",
+		"/run/secrets/redis-acl", r.dir, "/run/secrets/redis", r.dir, "dir /data", "dir "+r.dir,
+	).Replace(readFile(t, "../k8s/components/redis/redis.conf"))
+	r.conf = filepath.Join(r.dir, "redis.conf")
+	if err := os.WriteFile(r.conf, []byte(conf), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r.start()
+	return r
+}
+
+// passwords writes the ACL file: each user's passwords are its name and the
+// suffixes.
+func (r *shippedRedis) passwords(suffixes ...string) {
+	r.t.Helper()
+	hashes := map[string][]string{}
+	for _, user := range []string{streams.RedisUserPersister, streams.RedisUserPrefetcher, streams.RedisUserScorer, streams.RedisUserStreamctl, streams.RedisUserOperator} {
+		for _, s := range suffixes {
+			hashes[user] = append(hashes[user], fmt.Sprintf("%x", sha256.Sum256([]byte(user+"-"+s))))
+		}
+	}
+	acl := &bytes.Buffer{}
+	if err := streams.WriteRedisACL(acl, hashes); err != nil {
+		r.t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(r.dir, "users.acl"), acl.Bytes(), 0o600); err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+func (r *shippedRedis) start() {
+	r.t.Helper()
+	bin, err := exec.LookPath("redis-server")
+	if err != nil {
+		r.t.Fatal("redis-server is not installed; `make test` installs it on Debian, elsewhere install Redis 7 or later with TLS")
+	}
+	r.cmd = startProcess(r.t, bin, r.conf)
+	streamstest.Eventually(r.t, "redis-server on "+r.addr, func() bool {
+		c, err := net.DialTimeout("tcp", r.addr, time.Second)
+		if err == nil {
+			c.Close()
+		}
+		return err == nil
+	})
+}
+
+// restart stops it as Kubernetes does, and starts it on its data.
+func (r *shippedRedis) restart() {
+	r.t.Helper()
+	if err := r.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		r.t.Fatal(err)
+	}
+	_ = r.cmd.Wait() // its exit code says nothing
+	r.start()
+}
+
+// url is that of a user with a password.
+func (r *shippedRedis) url(user, password string) string {
+	return "rediss://" + user + ":" + password + "@" + localhost(r.addr) + "/0"
+}
+
+// env is how a service is given its Redis: the files of a Secret.
+func (r *shippedRedis) env(user string) []string {
+	return []string{"REDIS_URL_FILE=" + filepath.Join(r.dir, user+".url"), "REDIS_CA_FILE=" + filepath.Join(r.dir, "ca.crt")}
+}
+
+// secret writes the file of env, replacing it as the kubelet does.
+func (r *shippedRedis) secret(user, password string) {
+	r.t.Helper()
+	name := filepath.Join(r.dir, user+".url")
+	if err := os.WriteFile(name+".new", []byte(r.url(user, password)+"\n"), 0o600); err != nil {
+		r.t.Fatal(err)
+	}
+	if err := os.Rename(name+".new", name); err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+// client connects as a user for the length of the test.
+func (r *shippedRedis) client(t *testing.T, url string) redis.UniversalClient {
+	t.Helper()
+	c, err := redisclient.Open(redisclient.Config{URL: func() ops.Secret { return ops.Secret(url) }, CAFile: filepath.Join(r.dir, "ca.crt")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
 	return c
 }

@@ -38,7 +38,7 @@ func Program() ops.Program[Config] {
 // Run persists until ctx is done and what is in hand is written. It starts
 // with any of its servers down.
 func Run(ctx context.Context, cfg Config, p *ops.Process) error {
-	rdb, err := redisclient.New(cfg.RedisURL)
+	rdb, err := redisclient.Open(cfg.Redis)
 	if err != nil {
 		return fmt.Errorf("REDIS_URL: %w", err)
 	}

@@ -24,9 +24,9 @@ type Config struct {
 	// Concurrency is how many calls to the vendor are under way at once, live ones
 	// and backfill each.
 	Concurrency int
-	// RedisURL is where the replicas share the quota and ready records are
-	// seen; empty for none.
-	RedisURL string
+	// Redis is where the replicas share the quota and ready records are seen,
+	// if it is set.
+	Redis redisclient.Config
 	// FreshWithin is the age from which a live event makes way for newer ones.
 	FreshWithin time.Duration
 	// Retention is how long the vendor keeps events, 0 for ever.
@@ -49,17 +49,12 @@ func ReadConfig(s *ops.Settings) Config {
 		MaxAge:          s.Duration("PREFETCH_MAX_AGE", 23*time.Hour, time.Minute, 72*time.Hour, "age from which an event is given up; below RECORD_TTL, so that the failed record is still seen"),
 		FreshWithin:     s.Duration("PREFETCH_FRESH_WITHIN", time.Minute, time.Second, 72*time.Hour, "age from which a live event moves to FP_BACKFILL while newer ones wait"),
 		Retention:       s.Duration("FINGERPRINT_RETENTION", 30*24*time.Hour, 0, 10*365*24*time.Hour, "how long the vendor keeps events; older ids are not asked for; 0 means for ever"),
-		RedisURL:        string(s.Secret("REDIS_URL", "where replicas share the quota and ready records are seen, in the persister's form; empty for neither")),
+		Redis:           redisclient.ReadConfig(s, "", "where replicas share the quota and ready records are seen, in the persister's form; empty for neither"),
 		Replicas:        s.Int("PREFETCH_REPLICAS", 1, 1, 1000, "replicas that share the rate limit, for when Redis is away or not used"),
 		ShutdownTimeout: s.Duration("SHUTDOWN_TIMEOUT", 20*time.Second, time.Second, 10*time.Minute, "how long calls under way may take after SIGTERM"),
 	}
 	if u := s.URL("FINGERPRINT_BASE_URL", "", "root of the vendor's host, instead of the region's", "http", "https"); u != "" {
 		c.BaseURL = u
-	}
-	if c.RedisURL != "" {
-		if _, err := redisclient.New(c.RedisURL); err != nil {
-			s.Fail("REDIS_URL", "%v", err)
-		}
 	}
 	return c
 }

@@ -58,8 +58,8 @@ func run(ctx context.Context, cfg Config, p *ops.Process, conn *streams.Conn, ve
 	local := newLocalBucket(share, time.Now)
 	h.quota = newQuota(local, cfg.RateLimit == 0)
 	watch := func(context.Context) {}
-	if cfg.RedisURL != "" {
-		rdb, err := redisclient.New(cfg.RedisURL)
+	if cfg.Redis.Set() {
+		rdb, err := redisclient.Open(cfg.Redis)
 		if err != nil {
 			return fmt.Errorf("REDIS_URL: %w", err)
 		}

@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+
+	"github.com/idenza/fingerprint-prefetch/streams/ops"
 )
 
 func TestURLForms(t *testing.T) {
@@ -28,5 +30,13 @@ func TestURLForms(t *testing.T) {
 		if got != want {
 			t.Errorf("%s: %s (%v), want %s", url, got, err, want)
 		}
+	}
+}
+
+func TestCAFileNeedsTLS(t *testing.T) {
+	t.Parallel()
+	url := func() ops.Secret { return "redis://:secret@h:6379/0" }
+	if _, err := Open(Config{URL: url, CAFile: "ca.crt"}); err == nil || strings.Contains(err.Error(), "secret") {
+		t.Errorf("a CA for a connection without TLS: %v", err)
 	}
 }

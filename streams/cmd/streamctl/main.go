@@ -189,7 +189,7 @@ func help(w io.Writer) {
 	fmt.Fprint(w, "\nstreamctl VERB --help lists a verb's flags.\nExit codes: 0 done, 1 failed, 2 usage, 3 nothing matched, 4 stopped with work left (diff: there are differences).\n\nSettings (environment):\n")
 	s := ops.NewSettings(func(string) string { return "" })
 	streams.ReadConnectConfig(s, "streamctl")
-	readRedisURL(s)
+	readRedis(s)
 	readLimits(s)
 	readRate(s)
 	ops.PrintSettings(w, s.Asked())

@@ -37,22 +37,22 @@ func (h *recordHead) readyFor(it *item) bool {
 // redis returns a client of REDIS_URL, or nil when it is not set.
 func (e env) redis() (redis.UniversalClient, error) {
 	s := ops.NewSettings(e.getenv)
-	raw := readRedisURL(s)
+	cfg := readRedis(s)
 	if err := s.Err(); err != nil {
 		return nil, fmt.Errorf("%w:\n%w", ops.ErrSettings, err)
 	}
-	if raw == "" {
+	if !cfg.Set() {
 		return nil, nil
 	}
-	c, err := redisclient.New(raw)
+	c, err := redisclient.Open(cfg)
 	if err != nil {
 		return nil, fmt.Errorf("%w:\nREDIS_URL: %w", ops.ErrSettings, err)
 	}
 	return c, nil
 }
 
-func readRedisURL(s *ops.Settings) string {
-	return string(s.Secret("REDIS_URL", "where the records and the vendor's quota are, in the persister's form; without it they are not looked at"))
+func readRedis(s *ops.Settings) redisclient.Config {
+	return redisclient.ReadConfig(s, "", "where the records and the vendor's quota are, in the persister's form; without it they are not looked at")
 }
 
 func (e env) records() (*records, error) {
