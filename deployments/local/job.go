@@ -96,7 +96,7 @@ func (s *stack) post(ctx context.Context, body string) (status, answer string, e
 	}
 	req.Header.Set("Content-Type", "application/json")
 	req.Header.Set("X-API-Key", s.apiKey)
-	resp, err := http.DefaultClient.Do(req)
+	resp, err := s.client.Do(req)
 	if err != nil {
 		return "", "", err
 	}

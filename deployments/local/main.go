@@ -5,6 +5,7 @@
 //
 //	go run ./deployments/local           do the job once, then serve until Ctrl-C
 //	go run ./deployments/local --once    do the job once and exit
+//	go run ./deployments/local --monitor --load 50   watch it work under load
 //	go run ./deployments/local bench     how fast the edge is, beside bare parts
 //	go run ./deployments/local faults    break things under load, and account for every event
 //	go run ./deployments/local --help    everything else
@@ -34,7 +35,7 @@ func main() {
 
 const usage = `local runs the whole pipeline in one process on embedded servers.
 
-  go run ./deployments/local [--once] [--data DIR] [--real]
+  go run ./deployments/local [--once] [--data DIR] [--real] [--monitor] [--load N]
   go run ./deployments/local bench      how fast the edge is, beside bare parts
   go run ./deployments/local faults     break things under load, and account for every event
 
@@ -52,8 +53,9 @@ With --real also NATS_*, REDIS_URL and FINGERPRINT_*; without it they change not
 
 // options are the command line.
 type options struct {
-	once, real bool
-	data       string
+	once, real, monitor bool
+	load                float64 // events a second
+	data                string
 }
 
 // run is main without the process: it returns the exit code, 0 done, 1 failed,
@@ -71,6 +73,8 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	fs.BoolVar(&o.once, "once", false, "exit after doing the job once")
 	fs.BoolVar(&o.real, "real", false, "use the servers that NATS_URL, REDIS_URL and FINGERPRINT_API_KEY name, as far as set")
 	fs.StringVar(&o.data, "data", "", "keep the streams in `DIR` and rebuild the records from them at the next start")
+	fs.BoolVar(&o.monitor, "monitor", false, "serve a page that draws the pipeline's metrics as they change")
+	fs.Float64Var(&o.load, "load", 0, "send `N` events a second until Ctrl-C")
 	version := fs.Bool("version", false, "print the version")
 	fs.Usage = func() {
 		fmt.Fprint(fs.Output(), usage)
@@ -84,6 +88,9 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 		return 2
 	case fs.NArg() > 0:
 		fmt.Fprintf(stderr, "local: unknown argument %q; see --help\n", fs.Arg(0))
+		return 2
+	case o.once && (o.monitor || o.load != 0) || o.load < 0 || o.load > maxLoad:
+		fmt.Fprintf(stderr, "local: --load is 0 to %d events a second, and neither it nor --monitor goes with --once\n", maxLoad)
 		return 2
 	case *version:
 		v, revision := ops.Version()
@@ -119,6 +126,24 @@ func serve(ctx context.Context, o options, getenv func(string) string, stdout, s
 	}
 	if o.once {
 		return nil
+	}
+	if o.monitor {
+		url, err := s.serveMonitor()
+		if err != nil {
+			return err
+		}
+		fmt.Fprintf(stdout, "\nWatch it: %s\n", url)
+	}
+	if o.load > 0 {
+		fmt.Fprintf(stdout, "\nSending %g events a second.\n", o.load)
+		loadCtx, stopLoad := context.WithCancel(ctx)
+		loaded := make(chan struct{})
+		go func() {
+			defer close(loaded)
+			accepted, refused := s.load(loadCtx, o.load)
+			fmt.Fprintf(stdout, "Sent %d events: %d accepted, %d not.\n", accepted+refused, accepted, refused)
+		}()
+		defer func() { stopLoad(); <-loaded }()
 	}
 	fmt.Fprintln(stdout, "\nServing until Ctrl-C.")
 	select {

@@ -18,8 +18,9 @@ import (
 // Where the embedded servers listen if the port is free, so that tools with
 // their usual defaults find them.
 const (
-	usualNATSPort  = 4222
-	usualRedisPort = 6379
+	usualNATSPort    = 4222
+	usualRedisPort   = 6379
+	usualMonitorPort = 9100
 )
 
 // simLatency and simJitter are about what the vendor's API takes.

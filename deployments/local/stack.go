@@ -34,6 +34,7 @@ type stack struct {
 	redisURL  string
 	simURL    string // empty when the real vendor is asked
 	apiKey    string // for clients
+	client    *http.Client
 
 	failed chan error
 	// undo is run backwards by stop.
@@ -42,7 +43,7 @@ type stack struct {
 
 // start brings up the servers that are to be embedded and then the services.
 func start(ctx context.Context, o options, getenv func(string) string, logs io.Writer) (_ *stack, err error) {
-	s := &stack{failed: make(chan error, 3)}
+	s := &stack{failed: make(chan error, 3), client: &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: loadAtOnce}}}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.stop())
