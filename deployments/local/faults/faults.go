@@ -137,6 +137,7 @@ type runner struct {
 	out    *progress
 
 	begun time.Time
+	quiet time.Time // when the load with faults ended
 	parts map[string]*sync.Mutex // held while a fault of the part is up
 
 	mu     sync.Mutex
@@ -223,7 +224,7 @@ func run(ctx context.Context, o options, stderr io.Writer) (_ *report, err error
 	sys.mu.Lock()
 	rep.Crashes = slices.Clone(sys.crashes)
 	sys.mu.Unlock()
-	rep.finish(posts, r.begun, r.fine)
+	rep.finish(posts, r.begun, r.quiet, r.fine)
 	return rep, nil
 }
 
@@ -254,6 +255,7 @@ func (r *runner) mixAndSteady(ctx context.Context) {
 		}
 	}
 	r.settled(ctx, time.Minute)
+	r.quiet = time.Now()
 	stop()
 	loading.Wait()
 }

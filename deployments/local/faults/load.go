@@ -5,6 +5,7 @@ package faults
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -35,6 +36,8 @@ type post struct {
 	User       string
 	// Want is how its record is to end; empty for one that is to be refused.
 	Want record.Status
+	// Late is set when the vendor does not know it at first.
+	Late bool
 
 	Sent, Done time.Time
 	Answer     answer
@@ -105,8 +108,7 @@ func (l *load) one(due time.Time, plain bool) {
 		Session: "session-" + strconv.FormatInt(n, 10), User: fmt.Sprintf("user-%d@example.com", n), Want: record.Ready, Sent: due,
 	}
 	p.ID = strings.ReplaceAll(p.ID, " ", "0")
-	body, key := "", l.sys.key()
-	ctx := context.Background()
+	body, key, ctx := "", l.sys.key(), context.Background()
 	if !plain {
 		switch x := r.IntN(1000); {
 		case x < 30: // the same again
@@ -121,16 +123,13 @@ func (l *load) one(due time.Time, plain bool) {
 			if old := l.old(r); old != nil {
 				p.ID, p.Subscriber = old.ID, old.Subscriber+100
 			}
-		case x < 65: // there only later
-			_ = l.sys.sim(ctx, "fault/"+p.ID, `[{"status":404},{"status":404}]`)
+		case x < 65: // there only later, and then for sure: with a fault of the vendor's on top it might count as never there
+			p.Late = true
+			_ = errors.Join(l.sys.sim(ctx, "fault/"+p.ID, `{}`), l.sys.sim(ctx, "fault/"+p.ID, `[{"status":404},{"status":404}]`)) // else it is there at once
 		case x < 70: // never there
-			if l.sys.sim(ctx, "fault/"+p.ID, `{"status":404}`) == nil {
-				p.Want = record.NotFound
-			}
+			p.Want = l.told(p.ID, `{"status":404}`, record.NotFound)
 		case x < 73:
-			if l.sys.sim(ctx, "fault/"+p.ID, `{"status":400}`) == nil {
-				p.Want = record.Rejected
-			}
+			p.Want = l.told(p.ID, `{"status":400}`, record.Rejected)
 		case x < 76:
 			p.Want, body = "", fmt.Sprintf(`{"request_id":%q,"subscriber_id":%d,"session_id":%q}`, p.ID, p.Subscriber, p.Session)
 		case x < 80:
@@ -157,6 +156,14 @@ func (l *load) one(due time.Time, plain bool) {
 			l.recent = append(l.recent[:0], l.recent[2000:]...)
 		}
 	}
+}
+
+// told has the vendor answer for an id in that way, and returns how its record
+// is to end. It takes until the vendor has heard: when that is not sure,
+// neither is the record's end.
+func (l *load) told(id, fault string, want record.Status) record.Status {
+	_ = poll(context.Background(), func() error { return l.sys.sim(context.Background(), "fault/"+id, fault) })
+	return want
 }
 
 // old returns an earlier post whose record is there by now, unless nothing is.

@@ -79,16 +79,18 @@ func (r *report) failed() bool {
 		slices.ContainsFunc(r.Steady, func(s steadyEntry) bool { return len(s.Missing) > 0 })
 }
 
-// finish works out the times; fine are those at which the pipeline had caught
-// up.
-func (r *report) finish(posts []*post, begun time.Time, fine []time.Time) {
+// finish works out the times of a run that began at begun and whose load with
+// faults ended at quiet; fine are those at which the pipeline had caught up.
+func (r *report) finish(posts []*post, begun, quiet time.Time, fine []time.Time) {
 	r.Length = time.Since(begun)
 	r.Posts = len(posts)
 	var oks []time.Time
 	for _, p := range posts {
 		if p.Answer == accepted {
 			r.Accepted++
-			oks = append(oks, p.Done)
+			if p.Done.Before(quiet) {
+				oks = append(oks, p.Done)
+			}
 		}
 	}
 	slices.SortFunc(oks, time.Time.Compare)

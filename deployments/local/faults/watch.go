@@ -67,7 +67,7 @@ func (w *watch) add(p *post) {
 	if w.byID[p.ID] != nil {
 		return
 	}
-	s := &seen{id: p.ID, plain: p.Want == record.Ready, since: p.Done}
+	s := &seen{id: p.ID, plain: p.Want == record.Ready && !p.Late, since: p.Done}
 	w.byID[p.ID] = s
 	w.unfinished = append(w.unfinished, s)
 }
