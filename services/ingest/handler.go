@@ -150,23 +150,22 @@ func checkMediaType(h http.Header) error {
 	return nil
 }
 
-// readBody appends the request's body to dst, which must be empty.
+// readBody appends the request's body to dst, which must be empty. Memory grows
+// with what comes and not with what is announced.
 func readBody(dst []byte, w http.ResponseWriter, r *http.Request) ([]byte, error) {
+	body := io.Reader(r.Body)
+	if r.ContentLength < 0 {
+		body = http.MaxBytesReader(w, r.Body, maxBody)
+	}
 	var err error
-	if n := r.ContentLength; n >= 0 {
-		dst = slices.Grow(dst, int(n))[:n]
-		_, err = io.ReadFull(r.Body, dst)
-	} else {
-		body := http.MaxBytesReader(w, r.Body, maxBody)
-		for err == nil {
-			dst = slices.Grow(dst, 512)
-			var n int
-			n, err = body.Read(dst[len(dst):cap(dst)])
-			dst = dst[:len(dst)+n]
-		}
-		if err == io.EOF {
-			err = nil
-		}
+	for err == nil {
+		dst = slices.Grow(dst, 512)
+		var n int
+		n, err = body.Read(dst[len(dst):cap(dst)])
+		dst = dst[:len(dst)+n]
+	}
+	if err == io.EOF {
+		err = nil
 	}
 	if err == nil {
 		return dst, nil

@@ -1,6 +1,7 @@
 package ingest
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"flag"
@@ -13,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -346,6 +348,55 @@ func TestSlowClientsAreCutOff(t *testing.T) {
 				t.Errorf("after %v: %v", time.Since(start), err)
 			}
 		})
+	}
+}
+
+// What a slow client may cost until it is cut off: its connection's buffers,
+// what it has sent, and no more.
+func TestSlowClientsCostLittleMemory(t *testing.T) {
+	e := newEdge(t, stored)
+	addr := e.listen(t)
+	inUse := func() uint64 {
+		runtime.GC()
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return m.HeapInuse + m.StackInuse
+	}
+	const clients, most = 500, 48 << 10
+	for name, text := range map[string]string{
+		"head": "POST /fingerprint/ingest HTTP/1.1\r\nHost: edge\r\nX-Slow: " + strings.Repeat("x", 15<<10),
+		"body": "POST /fingerprint/ingest HTTP/1.1\r\nHost: edge\r\nContent-Type: application/json\r\nX-API-Key: " + e.acme + "\r\nContent-Length: 65536\r\n\r\n{",
+		"idle": "POST /nowhere HTTP/1.1\r\nHost: edge\r\nContent-Length: 0\r\n\r\n",
+	} {
+		before, goroutines := inUse(), runtime.NumGoroutine()
+		var conns []net.Conn
+		for range clients {
+			c, err := net.Dial("tcp", addr)
+			if err != nil {
+				t.Fatal(err)
+			}
+			conns = append(conns, c)
+			if _, err := io.WriteString(c, text); err != nil {
+				t.Fatal(err)
+			}
+			if name == "idle" {
+				if _, err := bufio.NewReader(c).ReadString('\n'); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		if name == "body" {
+			streamstest.Eventually(t, "all of them being handled", func() bool { return e.inflight.Load() == clients })
+		}
+		each := (int64(inUse()) - int64(before)) / clients
+		t.Logf("%s: %d bytes for each of %d", name, each, clients)
+		if each > most {
+			t.Errorf("%s: %d bytes for each of %d, want %d at most", name, each, clients, most)
+		}
+		for _, c := range conns {
+			c.Close()
+		}
+		streamstest.Eventually(t, "their connections closed", func() bool { return runtime.NumGoroutine() <= goroutines })
 	}
 }
 
