@@ -137,7 +137,7 @@ type runner struct {
 	out    *progress
 
 	begun time.Time
-	quiet time.Time // when the load with faults ended
+	quiet time.Time              // when the load with faults ended
 	parts map[string]*sync.Mutex // held while a fault of the part is up
 
 	mu     sync.Mutex
