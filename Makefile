@@ -5,7 +5,7 @@ MODULES     := streams services/ingest services/prefetcher services/persister de
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 BENCH       ?= .
 
-.PHONY: run test check build images bench fuzz redis-server
+.PHONY: run test check build images bench fuzz faults redis-server
 
 # The whole pipeline in one process.
 run:
@@ -50,6 +50,11 @@ images:
 		*) SOURCE_DATE_EPOCH=0 $(BUILDER) build "$$@";; \
 		esac; \
 	done
+
+# The fault suite in its short form, about two minutes: see docs/reliability.md.
+SEED ?= 1
+faults: redis-server
+	go run ./deployments/local faults --seed $(SEED) --duration 40s --steady 0 --rate 60
 
 bench: redis-server
 	go test -run='^$$' -bench='$(BENCH)' -benchmem work

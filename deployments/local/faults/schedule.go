@@ -63,7 +63,7 @@ func plan(seed uint64, length time.Duration, catalog []fault) (steps []step) {
 				}
 			}
 		}
-		at += 500*time.Millisecond + time.Duration(r.Int64N(int64(3*time.Second)))
+		at += time.Second + time.Duration(r.Int64N(int64(4*time.Second)))
 	}
 	return steps
 }
