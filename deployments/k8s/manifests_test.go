@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"net/netip"
@@ -14,6 +15,8 @@ import (
 
 	"sigs.k8s.io/kustomize/api/krusty"
 	"sigs.k8s.io/kustomize/kyaml/filesys"
+
+	"github.com/idenza/fingerprint-prefetch/streams"
 )
 
 var overlays = []string{"dev", "production", "production-external"}
@@ -21,6 +24,7 @@ var overlays = []string{"dev", "production", "production-external"}
 // object is the part of any Kubernetes object that the policy is about.
 type object struct {
 	Kind     string
+	Data     map[string]string
 	Metadata struct {
 		Name, Namespace string
 		Labels          map[string]string
@@ -36,6 +40,11 @@ type object struct {
 		Template                   struct {
 			Metadata struct{ Labels map[string]string }
 			Spec     podSpec
+		}
+		VolumeClaimTemplates []struct {
+			Spec struct {
+				Resources struct{ Requests map[string]string }
+			}
 		}
 		ScaleTargetRef  struct{ Name string }
 		MinReplicaCount int
@@ -78,6 +87,7 @@ type podSpec struct {
 
 type container struct {
 	Name, Image     string
+	Args            []string
 	Env             []envVar
 	EnvFrom         []any
 	Lifecycle       *struct{ PreStop any }
@@ -275,18 +285,13 @@ func TestRolloutsLoseNothing(t *testing.T) {
 				t.Errorf("%s: liveness asks %s, readiness %s", o.Metadata.Name, l, r)
 			}
 			u := o.Spec.Strategy.RollingUpdate
-			switch o.Metadata.Name {
-			case "prefetcher":
-				if u.MaxSurge != 0 {
-					t.Error("a surge of prefetchers exceeds the vendor's quota")
-				}
-				if n := strconv.Itoa(*o.Spec.Replicas); c.env("PREFETCH_REPLICAS") != n {
-					t.Errorf("%s prefetchers share the quota as if they were %s", n, c.env("PREFETCH_REPLICAS"))
-				}
-			case "ingest", "persister":
-				if u.MaxUnavailable != 0 || u.MaxSurge != 1 {
-					t.Errorf("%s is rolled out with %+v", o.Metadata.Name, u)
-				}
+			if o.Metadata.Name != "exporter" && (u.MaxUnavailable != 0 || u.MaxSurge != 1) {
+				t.Errorf("%s is rolled out with %+v", o.Metadata.Name, u)
+			}
+			// Without Redis each replica calls the vendor at its share of the
+			// quota: the most there can be at once must not exceed the whole.
+			if n := strconv.Itoa(*cmp.Or(o.Spec.Replicas, new(int)) + u.MaxSurge); o.Metadata.Name == "prefetcher" && c.env("PREFETCH_REPLICAS") != n {
+				t.Errorf("up to %s prefetchers share the quota as if they were %s", n, c.env("PREFETCH_REPLICAS"))
 			}
 		}
 	})
@@ -428,6 +433,69 @@ func TestFlows(t *testing.T) {
 		}
 	}
 	t.Logf("%d flows, %d of them allowed", n, len(want))
+}
+
+// TestSizesFitTheLoad holds every limit against the formulas of the README, for
+// its first column.
+func TestSizesFitTheLoad(t *testing.T) {
+	const (
+		rate              = 5.0 // events a second
+		ingest, enriched  = 400, 8 << 10
+		streamAge, record = 72 * 3600, 24 * 3600 // seconds
+		purgedFrom        = 0.8                  // of a stream's limit; the janitor's Pressure
+	)
+	setting := func(conf, name string) string {
+		for line := range strings.Lines(conf) {
+			if f := strings.Fields(line); len(f) == 2 && strings.TrimSuffix(f[0], ":") == name {
+				return f[1]
+			}
+		}
+		t.Fatalf("no %s", name)
+		return ""
+	}
+	limits := streams.Limits{MaxBytes: map[string]int64{}}
+	var natsVolume, redisVolume, redisMemory, fileStore, maxMemory float64
+	for _, o := range render(t, "production") {
+		pod := o.Spec.Template.Spec
+		switch name, _, _ := strings.Cut(o.Metadata.Name, "-"); {
+		case o.Kind == "Job" && name == "streams":
+			for _, arg := range pod.Containers[0].Args {
+				if v, ok := strings.CutPrefix(arg, "--max-bytes="); ok {
+					stream, size, _ := strings.Cut(v, "=")
+					limits.MaxBytes[stream] = int64(bytesOf(t, size))
+				}
+			}
+		case o.Kind == "StatefulSet" && name == "nats":
+			natsVolume = bytesOf(t, o.Spec.VolumeClaimTemplates[0].Spec.Resources.Requests["storage"])
+		case o.Kind == "StatefulSet" && name == "redis":
+			redisVolume = bytesOf(t, o.Spec.VolumeClaimTemplates[0].Spec.Resources.Requests["storage"])
+			redisMemory = bytesOf(t, pod.Containers[0].Resources.Limits["memory"])
+		case o.Kind == "ConfigMap" && name == "nats": // both servers mean 1024 by GB
+			fileStore = bytesOf(t, strings.Replace(setting(o.Data["nats.conf"], "max_file_store"), "GB", "GiB", 1))
+		case o.Kind == "ConfigMap" && name == "redis":
+			maxMemory = bytesOf(t, strings.Replace(setting(o.Data["redis.conf"], "maxmemory"), "gb", "GiB", 1))
+		}
+	}
+	var all float64
+	for _, d := range streams.Definition(limits) {
+		limit := float64(d.Stream.MaxBytes)
+		all += limit
+		need := map[string]float64{streams.StreamIngest: rate * ingest * streamAge, streams.StreamEnriched: rate * enriched * streamAge}[d.Stream.Name]
+		if purgedFrom*limit < need {
+			t.Errorf("%s holds %.1f GB before it is purged, needs %.1f", d.Stream.Name, purgedFrom*limit/1e9, need/1e9)
+		}
+	}
+	for name, tt := range map[string]struct{ have, need float64 }{
+		"max_file_store":                    {fileStore, all},
+		"the volume of NATS":                {natsVolume, 1.2 * fileStore},
+		"maxmemory":                         {maxMemory, rate * (enriched + 200) * record},
+		"the memory of Redis":               {redisMemory, 1.5 * maxMemory},
+		"the volume of Redis, rewrites too": {redisVolume, 4 * maxMemory},
+	} {
+		if tt.have < tt.need || tt.need == 0 {
+			t.Errorf("%s is %.1f GB, needs %.1f", name, tt.have/1e9, tt.need/1e9)
+		}
+	}
 }
 
 func TestNATSUsersAreGenerated(t *testing.T) {
