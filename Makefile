@@ -5,7 +5,7 @@ MODULES     := streams services/ingest services/prefetcher services/persister de
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 BENCH       ?= .
 
-.PHONY: run test check build images bench fuzz faults redis-server
+.PHONY: run test check check-ops build images bench fuzz faults redis-server
 
 # The whole pipeline in one process.
 run:
@@ -77,3 +77,16 @@ redis-server:
 		else \
 			echo "The tests need redis-server 7 or later and python3, which cannot be installed from here: install them (Debian: sudo apt-get install redis-server python3; macOS: brew install redis python) and try again." >&2; exit 1; \
 		fi; }
+
+# What needs programs beside Go: promtool and prometheus, built here from the
+# Go module proxy into bin/. The first build takes some minutes.
+TOOLS := deployments/monitoring/tools
+PROM_TAGS := netgo,remove_all_sd,enable_kubernetes_sd,enable_dns_sd
+
+bin/tools/promtool bin/tools/prometheus &: $(TOOLS)/go.mod
+	GOWORK=off GOFLAGS= nice go -C $(TOOLS) build -tags $(PROM_TAGS) -o $(CURDIR)/bin/tools/ tool
+	@touch bin/tools/promtool bin/tools/prometheus
+
+check-ops: redis-server bin/tools/promtool bin/tools/prometheus
+	PROMTOOL=$(CURDIR)/bin/tools/promtool PROMETHEUS=$(CURDIR)/bin/tools/prometheus \
+		go test -tags checkops -timeout 30m ./deployments/monitoring

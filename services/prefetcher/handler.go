@@ -143,6 +143,7 @@ func (h *handler) handle(ctx context.Context, d *streams.Delivery) streams.Decis
 // proves nothing. It says nothing about the vendor, so it ends no hold.
 func (h *handler) passOn(ctx context.Context, d *streams.Delivery) streams.Decision {
 	if d.Mode() == "backfill" {
+		h.metrics.skipped.WithLabelValues("heartbeat").Inc()
 		return streams.Moved()
 	}
 	m, err := streams.HeartbeatRecord(d.AcceptedAt)

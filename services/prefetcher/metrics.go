@@ -42,7 +42,7 @@ func newMetrics(reg prometheus.Registerer, q *quota) *metrics {
 			Name: "fp_prefetch_moved_total", Help: "Live events moved to FP_BACKFILL to let others go first: old, or crowded (their subscriber had half of the places).",
 		}, []string{"reason"}),
 		skipped: f.NewCounterVec(prometheus.CounterOpts{
-			Name: "fp_prefetch_skipped_total", Help: "Events that needed no call: their record is ready, or the vendor's retention is over.",
+			Name: "fp_prefetch_skipped_total", Help: "Events that needed no call: their record is ready, the vendor's retention is over, or they are copies of heartbeats.",
 		}, []string{"reason"}),
 		coalesced: f.NewCounter(prometheus.CounterOpts{
 			Name: "fp_prefetch_coalesced_total", Help: "Looks answered by a call under way for the same id.",
@@ -51,7 +51,7 @@ func newMetrics(reg prometheus.Registerer, q *quota) *metrics {
 	for _, reason := range []string{"old", "crowded"} {
 		m.moved.WithLabelValues(reason)
 	}
-	for _, reason := range []string{"ready", "retention"} {
+	for _, reason := range []string{"ready", "retention", "heartbeat"} {
 		m.skipped.WithLabelValues(reason)
 	}
 	for p, name := range map[priority]string{firstLook: "first_look", backfill: "backfill"} {
