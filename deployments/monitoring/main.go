@@ -11,6 +11,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+
+	"go.yaml.in/yaml/v3"
 )
 
 func main() {
@@ -43,10 +45,31 @@ func outputs() (map[string][]byte, error) {
 		return nil, err
 	}
 	files := map[string][]byte{"rules.yaml": rules}
+	dashboards := map[string]string{}
 	for _, d := range Dashboards() {
-		if files["dashboards/"+d.UID+".json"], err = d.JSON(); err != nil {
+		b, err := d.JSON()
+		if err != nil {
 			return nil, err
 		}
+		files["dashboards/"+d.UID+".json"] = b
+		dashboards[d.UID+".json"] = string(b)
+	}
+	for name, o := range map[string]object{
+		"rules.yaml": {
+			"apiVersion": "monitoring.coreos.com/v1", "kind": "PrometheusRule",
+			"metadata": object{"name": "fingerprint-prefetch"}, "spec": object{"groups": Groups(1)},
+		},
+		"dashboards.yaml": {
+			"apiVersion": "v1", "kind": "ConfigMap",
+			// The label by which Grafana's sidecar finds dashboards.
+			"metadata": object{"name": "fingerprint-prefetch-dashboards", "labels": object{"grafana_dashboard": "1"}}, "data": dashboards,
+		},
+	} {
+		b, err := yaml.Marshal(o)
+		if err != nil {
+			return nil, fmt.Errorf("write %s for Kubernetes: %w", name, err)
+		}
+		files["../k8s/components/prometheus-operator/"+name] = append([]byte(generated), b...)
 	}
 	return files, nil
 }

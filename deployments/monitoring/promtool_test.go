@@ -114,7 +114,11 @@ func units(c ruleCase, wait time.Duration) (out []unit) {
 	if c.fires != nil {
 		tests := []exprTest{firing(c, at, true)}
 		if wait > 0 {
-			tests = append([]exprTest{firing(c, wait-step, false)}, tests...)
+			early := wait - step
+			if c.window != "" { // a ratio of rates takes a step to be there
+				early = wait
+			}
+			tests = append([]exprTest{firing(c, early, false)}, tests...)
 		}
 		add("fires", c.fires, tests...)
 	}
