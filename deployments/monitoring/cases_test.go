@@ -21,17 +21,19 @@ type ruleCase struct {
 	// at is when fires is looked at, if not two steps after wait; not is
 	// looked at then, or after notAt.
 	at, notAt time.Duration
+	// early is when fires does not make it fire yet, if not one step before
+	// its wait is over.
+	early time.Duration
 }
 
 func cases() []ruleCase {
 	const (
-		ingestAll     = `fp_ingest_requests_total{outcome="accepted"} 0+1000x200`
-		on            = ` 1x200`
-		off           = ` 0x200`
-		undelivered   = `fp_consumer_undelivered_seconds{stream="FP_ENRICHED",consumer="persister",instance="%s"} %s`
-		delivered     = `fp_consumer_delivered_sequence{stream="FP_ENRICHED",consumer="persister",instance="%s"} %s`
-		lag           = `fp_consumer_lag_seconds{stream="FP_ENRICHED",consumer="persister",instance="%s"} %s`
-		waiting, lag2 = "a", "b"
+		ingestAll   = `fp_ingest_requests_total{outcome="accepted"} 0+1000x200`
+		on          = ` 1x200`
+		off         = ` 0x200`
+		undelivered = `fp_consumer_undelivered_seconds{stream="FP_ENRICHED",consumer="persister",instance="%s"} %s`
+		delivered   = `fp_consumer_delivered_sequence{stream="FP_ENRICHED",consumer="persister",instance="%s"} %s`
+		lag         = `fp_consumer_lag_seconds{stream="FP_ENRICHED",consumer="persister",instance="%s"} %s`
 	)
 	f := fmt.Sprintf
 	stands, moves := f(delivered, "a", "7x200"), f(delivered, "a", "0+3x200")
@@ -109,6 +111,9 @@ func cases() []ruleCase {
 		// While a limit is being changed instances differ; the longest is in force.
 		{alert: "FPDataLossImminent", severity: "critical", fires: []string{f(lag, "a", "200000x200"), `fp_stream_max_age_seconds{stream="FP_ENRICHED"} 259200x200`},
 			not: [][]string{{f(lag, "a", "80000x200"), `fp_stream_max_age_seconds{stream="FP_ENRICHED",instance="a"} 259200x200`, `fp_stream_max_age_seconds{stream="FP_ENRICHED",instance="b"} 900000x200`}}},
+		// A small limit is one as well.
+		{alert: "FPStreamFilling", severity: "critical", fires: []string{`fp_stream_size_bytes{stream="FP_DEAD"} 4.8x200`, `fp_stream_limit_bytes{stream="FP_DEAD"} 5x200`}},
+		{alert: "FPDataLossImminent", severity: "critical", fires: []string{f(lag, "a", "3x200"), `fp_stream_max_age_seconds{stream="FP_ENRICHED"} 5x200`}},
 		{alert: "FPStreamFilling", severity: "critical",
 			fires: []string{`fp_stream_size_bytes{stream="FP_DEAD",instance="a"} 95x200`, `fp_stream_size_bytes{stream="FP_DEAD",instance="b"} 10x200`, `fp_stream_limit_bytes{stream="FP_DEAD",instance="a"} 100x200`},
 			not: [][]string{
@@ -146,7 +151,7 @@ func cases() []ruleCase {
 			not: [][]string{{dead("foreign_subscriber", "0+5x200"), ingestAll}, {dead("foreign_subscriber", "0x200"), `fp_ingest_requests_total{outcome="accepted"} 0x200`}}},
 		{alert: "FPExhausted", severity: "critical", fires: []string{dead("exhausted", "0x3 1x200")}, at: 6 * time.Minute,
 			not: [][]string{{dead("exhausted", restart)}, {dead("undecodable", "0+5x200")}}},
-		{alert: "FPPublishRefused", severity: "critical", fires: []string{`fp_publishes_total{outcome="full"} 0+1x200`},
+		{alert: "FPPublishRefused", severity: "critical", fires: []string{`fp_publishes_total{outcome="full"} 0+1x200`}, early: time.Minute, // a rate takes a step to be there
 			not: [][]string{{`fp_publishes_total{outcome="acked"} 0+1x200`, `fp_publishes_total{outcome="full"} ` + restart, `fp_publishes_total{outcome="unsure"} 0+1x200`}}},
 		{alert: "FPNATSDisconnected", severity: "critical", fires: []string{`fp_nats_connected{instance="a"}` + off},
 			not: [][]string{{`fp_nats_connected{instance="a"}` + on}, {`fp_nats_connected{instance="a"} 1x10 0 1x100`}}},

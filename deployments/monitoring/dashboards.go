@@ -51,12 +51,12 @@ func worst(metric, selector string, by ...string) string {
 // quantiles are those of a histogram, by labels.
 func quantiles(metric, selector string, by ...string) []Query {
 	var out []Query
-	legend := ""
+	var legend strings.Builder
 	for _, l := range by {
-		legend += " {{" + l + "}}"
+		legend.WriteString(" {{" + l + "}}")
 	}
 	for _, n := range []string{"0.5", "0.95", "0.99"} {
-		out = append(out, q(fmt.Sprintf("histogram_quantile(%s, %s)", n, rate(metric+"_bucket", selector, append([]string{"le"}, by...)...)), "p"+strings.TrimPrefix(n, "0.")+legend))
+		out = append(out, q(fmt.Sprintf("histogram_quantile(%s, %s)", n, rate(metric+"_bucket", selector, append([]string{"le"}, by...)...)), "p"+strings.TrimPrefix(n, "0.")+legend.String()))
 	}
 	return out
 }

@@ -7,6 +7,7 @@ package main
 
 import (
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -115,6 +116,9 @@ func units(c ruleCase, wait time.Duration) (out []unit) {
 		tests := []exprTest{firing(c, at, true)}
 		if wait > 0 {
 			early := wait - step
+			if c.early > 0 {
+				early = c.early
+			}
 			if c.window != "" { // a ratio of rates takes a step to be there
 				early = wait
 			}
@@ -234,9 +238,7 @@ func mutants(r Rule) (out []mutant) {
 	add := func(what string, change func(*Rule)) {
 		m := r
 		m.Labels = map[string]string{}
-		for k, v := range r.Labels {
-			m.Labels[k] = v
-		}
+		maps.Copy(m.Labels, r.Labels)
 		change(&m)
 		out = append(out, mutant{r.Alert + r.Labels["window"] + " " + r.Labels["severity"] + ": " + what, m})
 	}

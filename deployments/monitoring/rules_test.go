@@ -56,7 +56,7 @@ func runbook(t *testing.T, alert string) map[string]string {
 		return nil
 	}
 	sections := map[string]string{}
-	for _, s := range strings.Split(string(b), "\n## ") {
+	for s := range strings.SplitSeq(string(b), "\n## ") {
 		title, text, _ := strings.Cut(s, "\n")
 		sections[title] = text
 	}
