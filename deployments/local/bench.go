@@ -30,6 +30,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/idenza/fingerprint-prefetch/services/ingest"
+	"github.com/idenza/fingerprint-prefetch/services/persister"
+	"github.com/idenza/fingerprint-prefetch/services/prefetcher"
 	"github.com/idenza/fingerprint-prefetch/streams"
 	"github.com/idenza/fingerprint-prefetch/streams/ops"
 )
@@ -52,6 +54,9 @@ type benchResult struct {
 func benchEdge(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	if len(args) > 1 && args[0] == benchServeArg {
 		return benchServe(ctx, args[1:], os.Stdin, stdout, stderr)
+	}
+	if len(args) > 0 && args[0] == "pipeline" {
+		return benchPipeline(ctx, args[1:], stdout, stderr)
 	}
 	fs := flag.NewFlagSet("bench", flag.ContinueOnError)
 	fs.SetOutput(stderr)
@@ -81,6 +86,9 @@ type edgeBench struct {
 	bare, edge string // addresses
 	apiKey     string
 	js         jetstream.JetStream
+	natsURL    string
+	dir        string
+	procs      map[string]int // process ids, by what they serve
 	undo       []func()
 }
 
@@ -91,7 +99,7 @@ func (b *edgeBench) stop() {
 }
 
 func newEdgeBench(ctx context.Context) (b *edgeBench, err error) {
-	b = &edgeBench{}
+	b = &edgeBench{procs: map[string]int{}}
 	defer func() {
 		if err != nil {
 			b.stop()
@@ -106,6 +114,7 @@ func newEdgeBench(ctx context.Context) (b *edgeBench, err error) {
 	if err != nil {
 		return nil, err
 	}
+	b.natsURL, b.dir = url, dir
 	conn, err := streams.Connect(streams.ConnectConfig{Name: "bench", URL: url}, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
 	if err != nil {
 		return nil, err
@@ -161,6 +170,7 @@ func (b *edgeBench) start(args ...string) (addr string, err error) {
 	if err := cmd.Start(); err != nil {
 		return "", fmt.Errorf("start %s: %w", args[0], err)
 	}
+	b.procs[args[0]] = cmd.Process.Pid
 	b.undo = append(b.undo, func() {
 		in.Close()
 		_ = cmd.Wait() // it has said why on stderr
@@ -182,7 +192,10 @@ func benchServe(ctx context.Context, args []string, stdin io.Reader, stdout, std
 		_, _ = io.Copy(io.Discard, stdin)
 		cancel()
 	}()
-	servers := map[string]func(context.Context, []string, io.Writer) error{"nats": serveNATS, "edge": serveEdge, "echo": serveEcho}
+	servers := map[string]func(context.Context, []string, io.Writer) error{
+		"nats": serveNATS, "edge": serveEdge, "echo": serveEcho,
+		"vendor": serveVendor, "prefetcher": serveStage(prefetcher.Program()), "persister": serveStage(persister.Program()),
+	}
 	serve, ok := servers[args[0]]
 	if !ok {
 		fmt.Fprintf(stderr, "local bench: no server %q\n", args[0])

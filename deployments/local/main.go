@@ -37,6 +37,8 @@ const usage = `local runs the whole pipeline in one process on embedded servers.
 
   go run ./deployments/local [--once] [--data DIR] [--real] [--monitor] [--load N]
   go run ./deployments/local bench      how fast the edge is, beside bare parts
+  go run ./deployments/local bench pipeline
+                                        how fast the whole pipeline is, and where its limit lies
   go run ./deployments/local faults     break things under load, and account for every event
 
 `
