@@ -329,8 +329,6 @@ func (s *system) loses(f func()) {
 // replay has the persister see again what was stored since then, as an
 // operator would: until the tool says that it is done.
 func (s *system) replay(ctx context.Context, since time.Time, onlyMissing bool) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Minute)
-	defer cancel()
 	first := []string{"replay", "--stage", streams.StagePersister, "--since", since.UTC().Format(time.RFC3339)}
 	if onlyMissing {
 		first = append(first, "--only-missing")

@@ -230,6 +230,24 @@ func TestLongestGap(t *testing.T) {
 	}
 }
 
+func TestMetricsAddUp(t *testing.T) {
+	t.Parallel()
+	for d, want := range map[metricsSum]bool{
+		{Accepted: 300, Concluded: 300, Written: 300}:            true,
+		{Accepted: 298, Concluded: 300, Written: 300, Unsure: 2}: true,
+		{Accepted: 298, Concluded: 298, Written: 298, Unsure: 2}: true,
+		{Accepted: 298, Concluded: 300, Written: 300, Unsure: 1}: false,
+		{Accepted: 300, Concluded: 299, Written: 299}:            false,
+		{Accepted: 300, Concluded: 300, Written: 299}:            false,
+		{Accepted: 300, Concluded: 301, Written: 301}:            false,
+		{}: false,
+	} {
+		if got := d.addUp(); got != want {
+			t.Errorf("%+v adds up: %v", d, got)
+		}
+	}
+}
+
 func TestPlan(t *testing.T) {
 	t.Parallel()
 	all := catalog()

@@ -160,7 +160,7 @@ func (r *report) print(w io.Writer) {
 	fmt.Fprintf(w, "\nConservation: %d stored = %d ready + %d negative + %d superseded + %d dead without record + %d waiting + %d missing\n",
 		s.Stored, s.Ready, s.Negative, s.Superseded, s.Dead, s.Waiting, s.Missing)
 	for _, m := range r.Metrics {
-		fmt.Fprintf(w, "Metrics, calm %s: %.0f accepted = %.0f concluded = %.0f written\n", m.Part, m.Accepted, m.Concluded, m.Written)
+		fmt.Fprintf(w, "Metrics, calm %s: %.0f accepted, %d more perhaps; %.0f concluded, %.0f written\n", m.Part, m.Accepted, m.Unsure, m.Concluded, m.Written)
 	}
 	parts := map[string]time.Duration{}
 	for _, e := range r.Faults {
