@@ -27,7 +27,7 @@ const (
 // natsServer is a nats-server process, which unlike an embedded server can be
 // killed and frozen.
 type natsServer struct {
-	t    *testing.T
+	t    testing.TB
 	args []string
 	cmd  *exec.Cmd
 }

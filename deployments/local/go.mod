@@ -4,6 +4,7 @@ go 1.26.0
 
 require (
 	github.com/alicebob/miniredis/v2 v2.40.0
+	github.com/google/go-cmp v0.7.0
 	github.com/idenza/fingerprint-prefetch/services/ingest v0.0.0
 	github.com/idenza/fingerprint-prefetch/services/persister v0.0.0
 	github.com/idenza/fingerprint-prefetch/services/prefetcher v0.0.0

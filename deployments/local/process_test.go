@@ -60,7 +60,7 @@ func TestMain(m *testing.M) {
 // pipeline is the three services as processes of their own, between a NATS
 // server, a redis-server and the vendor's double.
 type pipeline struct {
-	t     *testing.T
+	t     testing.TB
 	nats  *streamstest.NATS
 	redis *streamstest.Redis
 	rdb   redis.Cmdable
@@ -86,7 +86,7 @@ type process struct {
 	cmd *exec.Cmd
 }
 
-func newPipeline(t *testing.T) *pipeline {
+func newPipeline(t testing.TB) *pipeline {
 	t.Helper()
 	nats, rs := streamstest.NewEmptyNATS(t), streamstest.NewRedis(t)
 	p := newPipelineAt(t, func(service string) []string {
@@ -101,7 +101,7 @@ func newPipeline(t *testing.T) *pipeline {
 }
 
 // newPipelineAt returns the services at servers of the caller's.
-func newPipelineAt(t *testing.T, servers func(service string) []string) *pipeline {
+func newPipelineAt(t testing.TB, servers func(service string) []string) *pipeline {
 	t.Helper()
 	if _, err := build(); err != nil {
 		t.Fatal(err)
@@ -316,7 +316,7 @@ func (p *pipeline) accountedAt(conn *streams.Conn, accepted map[string]bool) {
 	p.t.Logf("accepted %d = stored and answered; stored %d = ready; dead 0; waiting 0", len(accepted), len(stored))
 }
 
-func redisClient(t *testing.T, url string) *redis.Client {
+func redisClient(t testing.TB, url string) *redis.Client {
 	t.Helper()
 	o, err := redis.ParseURL(url)
 	if err != nil {

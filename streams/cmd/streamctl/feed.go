@@ -6,8 +6,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -23,6 +25,9 @@ const (
 	// headerReplaySequence carries the original's sequence on a copy, so that
 	// a resumed replay sees how far it had got.
 	headerReplaySequence = "Fp-Replay-Sequence"
+	// headerReplayReady is "1" on a copy of an event that had its record when
+	// it was copied: a resumed replay counts what was true then.
+	headerReplayReady = "Fp-Replay-Ready"
 	// headerRedrives counts on a copy how often its event was redriven for
 	// this stage; a dead letter has the headers of what it was made of.
 	headerRedrives = "Fp-Redrives"
@@ -238,9 +243,9 @@ func (r *feeder) load(ctx context.Context, id string) error {
 	return nil
 }
 
-// made returns the sequences of the originals that were copied since the
-// state was saved, or shortly before. The dedupe window forgets; the stream
-// does not.
+// made returns the sequences of the originals that were copied since the state
+// was saved, or shortly before, and whether they had their record then. The
+// dedupe window forgets; the stream does not.
 func (r *feeder) made(ctx context.Context) (map[uint64]bool, error) {
 	in, err := findSpan(ctx, r.conn.JS, streams.StreamBackfill, r.Updated.Add(-time.Minute), time.Time{}) // clocks differ
 	if err != nil {
@@ -252,7 +257,7 @@ func (r *feeder) made(ctx context.Context) (map[uint64]bool, error) {
 			return nil
 		}
 		if n, err := strconv.ParseUint(m.Header.Get(headerReplaySequence), 10, 64); err == nil {
-			seqs[n] = true
+			seqs[n] = m.Header.Get(headerReplayReady) == "1"
 			r.copied(backfillStage(m.Subject), m.Sequence)
 		}
 		return nil
@@ -306,7 +311,7 @@ func (r *feeder) run(ctx context.Context, p *progress) error {
 		}
 	}
 	p.begin(r.Next, r.Span.To+1)
-	start, saved, n := time.Now(), time.Now(), 0
+	start, saved, savedAt, n := time.Now(), time.Now(), 0, 0
 	// A batch is looked at as a whole, so at a low rate it is a small one.
 	size := batchSize
 	if r.Rate > 0 && !r.DryRun {
@@ -317,21 +322,27 @@ func (r *feeder) run(ctx context.Context, p *progress) error {
 		if err := r.records.look(ctx, items); err != nil {
 			return err
 		}
-		for _, it := range items {
+		// Without a rate the copies of a batch are made at once.
+		step := 1
+		if r.Rate == 0 || r.DryRun {
+			step = batchSize
+		}
+		for part := range slices.Chunk(items, step) {
 			copied := r.Counts.Copied
-			if err := r.one(ctx, it, made[it.Sequence]); err != nil {
+			if err := r.part(ctx, part, made); err != nil {
 				return err
 			}
-			r.Next = it.Sequence + 1
+			r.Next = part[len(part)-1].Sequence + 1
 			p.show(r.Next, fmt.Sprintf("%d copied", r.Counts.Copied))
 			if r.DryRun || r.Counts.Copied == copied {
 				continue
 			}
-			if n++; n%saveCopies == 0 || time.Since(saved) > savePeriod {
+			n += int(r.Counts.Copied - copied)
+			if n-savedAt >= saveCopies || time.Since(saved) > savePeriod {
 				if err := r.save(ctx); err != nil {
 					return err
 				}
-				saved = time.Now()
+				saved, savedAt = time.Now(), n
 				if err := r.makeWay(ctx); err != nil {
 					return err
 				}
@@ -368,10 +379,18 @@ type item struct {
 	subscriber int64
 	accepted   time.Time
 	record     *recordHead // what is in Redis; nil when nothing is
+	ready      bool        // it has its record, or had when it was copied
+	made       bool        // it has been copied
 }
 
 // key names the event among those of all subscribers.
 func (it item) key() string { return strconv.FormatInt(it.subscriber, 10) + "/" + it.id }
+
+// redrives is how often the event was redriven for this stage.
+func (it *item) redrives() int {
+	n, _ := strconv.Atoi(it.Header.Get(headerRedrives)) // absent is none
+	return n
+}
 
 func newItem(m *jetstream.RawStreamMsg, stage string) *item {
 	return &item{
@@ -395,58 +414,91 @@ func (r *feeder) items(batch []*jetstream.RawStreamMsg) []*item {
 	return items
 }
 
-// one counts a message and copies it unless it has been.
-func (r *feeder) one(ctx context.Context, it *item, made bool) error {
-	// A dead letter that was no event then may be one to a newer stage.
-	if it.id == "" && !r.Redrive {
-		r.Counts.Invalid++
-		return nil
-	}
-	if r.Started.Sub(it.accepted) >= r.Limits.life(it.stage) {
-		r.Counts.PastLife++
-		return nil
-	}
-	redrives, _ := strconv.Atoi(it.Header.Get(headerRedrives)) // absent is none
-	if r.Redrive && redrives >= maxRedrives && !made {
-		r.Counts.UsedUp++
-		return nil
-	}
-	ready := it.record.readyFor(it)
-	if ready && r.OnlyMissing && !made {
-		r.Counts.Present++
-		return nil
-	}
-	if !made && !r.DryRun {
-		err := r.copy(ctx, it, redrives)
-		if errors.Is(err, streams.ErrTooLarge) {
-			r.Counts.Invalid++
-			return nil
+// part counts some messages and copies those that are to be and have not been.
+// It counts all of them or none: what a part that failed has copied, the next
+// run finds.
+func (r *feeder) part(ctx context.Context, items []*item, made map[uint64]bool) error {
+	counts := r.Counts
+	var wanted []*item
+	for _, it := range items {
+		it.ready = it.record.readyFor(it)
+		if ready, ok := made[it.Sequence]; ok {
+			it.made, it.ready = true, ready
 		}
-		if err != nil {
-			return err
+		if r.wants(&counts, it) {
+			wanted = append(wanted, it)
 		}
 	}
+	sequences, errs := make([]uint64, len(wanted)), make([]error, len(wanted))
+	var wg sync.WaitGroup
+	for i, it := range wanted {
+		if it.made || r.DryRun {
+			continue
+		}
+		wg.Go(func() { sequences[i], errs[i] = r.copy(ctx, it) })
+	}
+	wg.Wait()
+	for i, it := range wanted {
+		switch {
+		case errors.Is(errs[i], streams.ErrTooLarge):
+			counts.Invalid++
+			continue
+		case errs[i] != nil:
+			return errs[i]
+		case sequences[i] != 0:
+			r.copied(it.stage, sequences[i])
+		}
+		r.count(&counts, it)
+	}
+	r.Counts = counts
 	if r.Redrive && !r.DryRun {
-		r.replaced = append(r.replaced, it.Sequence)
+		for i, it := range wanted {
+			if errs[i] == nil {
+				r.replaced = append(r.replaced, it.Sequence)
+			}
+		}
 	}
-	r.Counts.Copied++
-	if ready {
-		r.Counts.Ready++
+	return ctx.Err() //nolint:wrapcheck // judged by the caller
+}
+
+// wants reports whether a message is to be copied, and counts why not.
+func (r *feeder) wants(c *feedCounts, it *item) bool {
+	switch {
+	case it.id == "" && !r.Redrive: // a dead letter may be an event to a newer stage
+		c.Invalid++
+	case r.Started.Sub(it.accepted) >= r.Limits.life(it.stage):
+		c.PastLife++
+	case it.made:
+		return true
+	case r.Redrive && it.redrives() >= maxRedrives:
+		c.UsedUp++
+	case r.OnlyMissing && it.ready:
+		c.Present++
+	default:
+		return true
 	}
-	if it.stage != streams.StagePrefetcher || ready && !r.Force {
-		return nil
+	return false
+}
+
+// count counts a message that is copied.
+func (r *feeder) count(c *feedCounts, it *item) {
+	c.Copied++
+	if it.ready {
+		c.Ready++
+	}
+	if it.stage != streams.StagePrefetcher || it.ready && !r.Force {
+		return
 	}
 	if t, ok := idTime(it.id); ok && r.Limits.Retention > 0 && r.Started.Sub(t) > r.Limits.Retention {
-		r.Counts.PastRetention++
+		c.PastRetention++
 	} else {
-		r.Counts.VendorCalls++
+		c.VendorCalls++
 	}
-	return nil
 }
 
 // copy stores the copy. Its message id is made of the replay and the
 // original's sequence: a repeat is absorbed, and no earlier copy swallows it.
-func (r *feeder) copy(ctx context.Context, it *item, redrives int) error {
+func (r *feeder) copy(ctx context.Context, it *item) (sequence uint64, err error) {
 	seq := strconv.FormatUint(it.Sequence, 10)
 	h := nats.Header{
 		streams.HeaderReplay: {r.ID}, headerReplaySequence: {seq},
@@ -455,8 +507,11 @@ func (r *feeder) copy(ctx context.Context, it *item, redrives int) error {
 	if r.Force && it.stage == streams.StagePrefetcher {
 		h.Set(streams.HeaderForce, "1")
 	}
+	if it.ready {
+		h.Set(headerReplayReady, "1")
+	}
 	if r.Redrive {
-		h.Set(headerRedrives, strconv.Itoa(redrives+1))
+		h.Set(headerRedrives, strconv.Itoa(it.redrives()+1))
 	}
 	for {
 		ack, err := r.pub.Publish(ctx, streams.Message{
@@ -464,14 +519,13 @@ func (r *feeder) copy(ctx context.Context, it *item, redrives int) error {
 			ID: "replay:" + r.ID + ":" + seq, Header: h, Body: it.Data, TraceParent: it.Header.Get(streams.HeaderTraceParent),
 		})
 		if err == nil {
-			r.copied(it.stage, ack.Sequence)
-			return nil
+			return ack.Sequence, nil
 		}
 		if errors.Is(err, streams.ErrTooLarge) || errors.Is(err, streams.ErrRefused) {
-			return err //nolint:wrapcheck // says what it did
+			return 0, err //nolint:wrapcheck // says what it did
 		}
 		if wait(ctx, time.Second) != nil {
-			return err //nolint:wrapcheck // says what it did
+			return 0, err //nolint:wrapcheck // says what it did
 		}
 	}
 }

@@ -21,13 +21,16 @@ type progress struct {
 
 func newProgress(w io.Writer) *progress { return &progress{w: w, terminal: isTerminal(w)} }
 
-func isTerminal(w any) bool {
-	f, ok := w.(*os.File)
+// isTerminal takes every character device for one but the null device, which
+// is what a program without a terminal is given.
+func isTerminal(f any) bool {
+	file, ok := f.(*os.File)
 	if !ok {
 		return false
 	}
-	info, err := f.Stat()
-	return err == nil && info.Mode()&os.ModeCharDevice != 0
+	info, err := file.Stat()
+	null, nullErr := os.Stat(os.DevNull)
+	return err == nil && info.Mode()&os.ModeCharDevice != 0 && (nullErr != nil || !os.SameFile(info, null))
 }
 
 // begin starts a bar over the sequences from, up to but not including to.

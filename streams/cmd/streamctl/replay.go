@@ -23,8 +23,12 @@ type feedFlags struct {
 	fs           *flag.FlagSet
 }
 
-// defaultRate spares the vendor, whose own limit is five calls per second.
-const defaultRate = 5
+// The default rates: for the prefetcher the vendor's own limit, five calls per
+// second; for the persister one that leaves the servers to live traffic.
+const (
+	defaultRate          = 5
+	defaultPersisterRate = 500
+)
 
 func (f *feedFlags) declare(fs *flag.FlagSet) {
 	f.fs = fs
@@ -35,7 +39,7 @@ func (f *feedFlags) declare(fs *flag.FlagSet) {
 	fs.Uint64Var(&f.fromSeq, "from-seq", 0, "those from this `sequence` on")
 	fs.BoolVar(&f.OnlyMissing, "only-missing", false, "leave out events with a ready record; needs REDIS_URL")
 	fs.BoolVar(&f.Force, "force", false, "have the vendor asked again although a ready record is there")
-	fs.Float64Var(&f.Rate, "rate", 0, "copies per second at most, 0 is unlimited; the vendor's quota holds anyway (default 5 for the prefetcher)")
+	fs.Float64Var(&f.Rate, "rate", 0, "copies per second at most, 0 is unlimited; the vendor's quota holds anyway (5 unless all are for the persister, then 500)")
 	fs.DurationVar(&f.recordTTL, "record-ttl", 0, "life of a record, instead of RECORD_TTL")
 	fs.StringVar(&f.resume, "resume", "", "go on with the run of this `ID`")
 	fs.BoolVar(&f.DryRun, "dry-run", false, "print the plan and change nothing")
@@ -68,8 +72,11 @@ func (f *feedFlags) check() error {
 	if f.Rate < 0 || f.recordTTL < 0 {
 		return usageError{errors.New("--rate and --record-ttl are not negative")}
 	}
-	if f.Stage != streams.StagePersister && !f.given("rate") {
+	if !f.given("rate") {
 		f.Rate = defaultRate
+		if f.Stage == streams.StagePersister {
+			f.Rate = defaultPersisterRate
+		}
 	}
 	return nil
 }

@@ -48,13 +48,13 @@ type traceReport struct {
 	TTLSeconds float64   `json:"ttl_seconds,omitempty"`
 }
 
-// idTime returns the time a vendor's id such as 1708102555327.NLOjmg starts
-// with.
+// idTime returns when the vendor made an id such as 1708102555327.NLOjmg, by
+// the prefetcher's rule.
 func idTime(id string) (time.Time, bool) {
-	ms, _, ok := strings.Cut(id, ".")
-	n, err := strconv.ParseInt(ms, 10, 64)
-	t := time.UnixMilli(n)
-	return t, ok && err == nil && len(ms) == 13 && t.Before(time.Now())
+	ms, rest, _ := strings.Cut(id, ".")
+	n, err := strconv.ParseUint(ms, 10, 63)
+	t := time.UnixMilli(int64(n))
+	return t, err == nil && len(ms) == 13 && len(rest) == 6 && !strings.ContainsAny(rest, "._-") && t.Before(time.Now())
 }
 
 func trace(ctx context.Context, e env, fs *flag.FlagSet, args []string) (int, error) {
