@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -267,6 +268,9 @@ func TestAudit(t *testing.T) {
 	var got []string
 	for _, a := range found {
 		got = append(got, a.Verb+" "+a.Outcome)
+		if slices.Contains(a.Arguments, "--since ") {
+			t.Errorf("since when is not kept: %v", a.Arguments)
+		}
 		if a.OSUser == "" || a.Host == "" || time.Since(a.At) > time.Minute || len(a.Arguments) == 0 {
 			t.Errorf("%+v", a)
 		}

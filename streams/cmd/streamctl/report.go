@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"math"
 	"slices"
 	"strings"
 	"time"
@@ -195,7 +196,7 @@ func (r *feeder) print(e env) {
 		fmt.Fprintln(w, "  (REDIS_URL is not set: existing records were not looked at)")
 	}
 	if r.DryRun && r.Seconds > 0 {
-		fmt.Fprintf(w, "  %-22s %v at %g/s\n", "takes at least", time.Duration(r.Seconds*float64(time.Second)).Round(time.Second), r.Rate)
+		fmt.Fprintf(w, "  %-22s %v at %g/s\n", "takes at least", time.Duration(math.Ceil(r.Seconds))*time.Second, r.Rate)
 	}
 	if o := r.Outcome; o != nil {
 		fmt.Fprintf(w, "what the streams say\n")

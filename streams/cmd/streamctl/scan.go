@@ -54,7 +54,13 @@ func parseMixed(fs *flag.FlagSet, args []string, n int) ([]string, error) {
 // timeFlag is a point in time: RFC 3339, or a duration such as 2h before now.
 type timeFlag struct{ time.Time }
 
-func (f *timeFlag) String() string { return "" }
+// String implements flag.Value; it is empty for no time.
+func (f *timeFlag) String() string {
+	if f == nil || f.IsZero() {
+		return ""
+	}
+	return f.UTC().Format(time.RFC3339)
+}
 
 // Set implements flag.Value.
 func (f *timeFlag) Set(v string) error {
