@@ -41,7 +41,7 @@ REVISION := $(shell git rev-parse HEAD 2>/dev/null)
 images:
 	@test -n "$(BUILDER)" || { echo "images need buildah or docker" >&2; exit 1; }
 	rm -rf bin/image && mkdir -p bin/image
-	GOFLAGS= CGO_ENABLED=0 go build -trimpath -buildvcs=auto -ldflags='-s -w -buildid=' -o bin/image/ work
+	GOFLAGS= CGO_ENABLED=0 go build -trimpath -buildvcs=auto -ldflags='-s -w -buildid=' -o bin/image/ ./services/ingest/cmd/ingest ./services/prefetcher/cmd/prefetcher ./services/persister/cmd/persister ./streams/cmd/streamctl
 	cp /etc/ssl/certs/ca-certificates.crt bin/image/
 	@set -e; for i in $(IMAGES); do \
 		set -- --build-arg SERVICE=$$i --build-arg REVISION=$(REVISION) --tag fingerprint-prefetch/$$i .; \
@@ -78,8 +78,9 @@ redis-server:
 			echo "The tests need redis-server 7 or later and python3, which cannot be installed from here: install them (Debian: sudo apt-get install redis-server python3; macOS: brew install redis python) and try again." >&2; exit 1; \
 		fi; }
 
-# What needs programs beside Go: promtool and prometheus, built here from the
-# Go module proxy into bin/. The first build takes some minutes.
+# What needs programs beside Go: promtool, prometheus and kubectl-validate, built
+# here from the Go module proxy into bin/, which takes some minutes once; buildah
+# and root for the images, and chromium for the local stack's page.
 TOOLS := deployments/monitoring/tools
 PROM_TAGS := netgo,remove_all_sd,enable_kubernetes_sd,enable_dns_sd
 
@@ -87,6 +88,23 @@ bin/tools/promtool bin/tools/prometheus &: $(TOOLS)/go.mod
 	GOWORK=off GOFLAGS= nice go -C $(TOOLS) build -tags $(PROM_TAGS) -o $(CURDIR)/bin/tools/ tool
 	@touch bin/tools/promtool bin/tools/prometheus
 
-check-ops: redis-server bin/tools/promtool bin/tools/prometheus
+.PHONY: check-monitoring check-page check-schemas check-images
+check-ops: check-schemas check-images check-page check-monitoring
+
+check-monitoring: redis-server bin/tools/promtool bin/tools/prometheus
 	PROMTOOL=$(CURDIR)/bin/tools/promtool PROMETHEUS=$(CURDIR)/bin/tools/prometheus \
 		go test -tags checkops -timeout 30m ./deployments/monitoring
+
+# The page of --monitor in headless Chromium.
+check-page:
+	@command -v chromium >/dev/null || { echo "the check of the page needs chromium (Debian: sudo apt-get install chromium)" >&2; exit 1; }
+	go test -tags checkops -run TestMonitorPage ./deployments/local
+
+check-schemas: bin/tools/kubectl-validate
+	KUBECTL_VALIDATE=$(CURDIR)/$< go test -tags checkops -timeout 20m -run Schemas ./deployments/k8s
+
+bin/tools/kubectl-validate:
+	GOBIN=$(CURDIR)/bin/tools GOFLAGS= go install sigs.k8s.io/kubectl-validate@v0.0.4
+
+check-images:
+	deployments/k8s/check-images.sh
