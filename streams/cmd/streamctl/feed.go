@@ -179,9 +179,13 @@ func (s *feedState) source() string {
 }
 
 func (r *feeder) create(ctx context.Context) error {
-	var err error
+	backfill, err := r.conn.JS.Stream(ctx, streams.StreamBackfill)
+	if err != nil {
+		return fmt.Errorf("look up stream %s: %w", streams.StreamBackfill, err)
+	}
 	if r.kv, err = r.conn.JS.CreateKeyValue(ctx, jetstream.KeyValueConfig{
 		Bucket: replayBucket, Description: "state of replays", History: 1, TTL: 30 * 24 * time.Hour, Storage: jetstream.FileStorage,
+		Replicas: backfill.CachedInfo().Config.Replicas, // as safe as what it is about
 	}); err != nil && !errors.Is(err, jetstream.ErrBucketExists) {
 		return fmt.Errorf("create bucket %s: %w", replayBucket, err)
 	}
