@@ -3,7 +3,7 @@ package persister
 import (
 	"bytes"
 	"errors"
-	"fmt"
+	"strconv"
 
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
@@ -81,12 +81,17 @@ func decode(data []byte) (rec record.Record, ok bool) {
 	if json.Unmarshal(data, &rec) != nil || rec.Validate() != nil {
 		return rec, false
 	}
-	return rec, bytes.HasPrefix(data, head(rec))
+	var head [160]byte
+	return rec, bytes.HasPrefix(data, appendHead(head[:0], rec))
 }
 
-// head is how a record starts.
-func head(r record.Record) []byte {
-	return fmt.Appendf(make([]byte, 0, 160), `{"schema":%d,"status":"%s","accepted_at":"%s","subscriber_id":%d,`, r.Schema, r.Status, r.AcceptedAt, r.SubscriberID)
+// appendHead appends how a record starts.
+func appendHead(dst []byte, r record.Record) []byte {
+	dst = strconv.AppendInt(append(dst, `{"schema":`...), int64(r.Schema), 10)
+	dst = append(append(dst, `,"status":"`...), r.Status...)
+	dst = append(append(dst, `","accepted_at":"`...), r.AcceptedAt.String()...)
+	dst = strconv.AppendInt(append(dst, `","subscriber_id":`...), r.SubscriberID, 10)
+	return append(dst, ',')
 }
 
 // rawAttributes is the member that EventLean drops.
