@@ -5,7 +5,7 @@ MODULES     := streams services/ingest services/prefetcher services/persister de
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 BENCH       ?= .
 
-.PHONY: run test check check-ops build images bench fuzz faults redis-server
+.PHONY: run test check check-ops build images sbom bench fuzz faults redis-server
 
 # The whole pipeline in one process.
 run:
@@ -50,6 +50,17 @@ images:
 		*) SOURCE_DATE_EPOCH=0 $(BUILDER) build "$$@";; \
 		esac; \
 	done
+
+# What each image is made of, as CycloneDX: bin/sbom/NAME.cdx.json.
+sbom: bin/tools/cyclonedx-gomod
+	mkdir -p bin/sbom
+	@set -e; for i in $(IMAGES); do \
+		test -x bin/image/$$i || { echo "make images first" >&2; exit 1; }; \
+		bin/tools/cyclonedx-gomod bin -json -noserial -output bin/sbom/$$i.cdx.json bin/image/$$i; \
+	done
+
+bin/tools/cyclonedx-gomod:
+	GOBIN=$(CURDIR)/bin/tools GOFLAGS= go install github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod@v1.9.0
 
 # The fault suite in its short form, about two minutes: see docs/reliability.md.
 SEED ?= 1
