@@ -139,13 +139,16 @@ func serve(ctx context.Context, o options, getenv func(string) string, stdout, s
 	if o.load > 0 {
 		fmt.Fprintf(stdout, "\nSending %g events a second.\n", o.load)
 		loadCtx, stopLoad := context.WithCancel(ctx)
-		loaded := make(chan struct{})
+		sent := make(chan [2]int64, 1)
 		go func() {
-			defer close(loaded)
 			accepted, refused := s.load(loadCtx, o.load)
-			fmt.Fprintf(stdout, "Sent %d events: %d accepted, %d not.\n", accepted+refused, accepted, refused)
+			sent <- [2]int64{accepted, refused}
 		}()
-		defer func() { stopLoad(); <-loaded }()
+		defer func() { // after the last line below: one writer at a time
+			stopLoad()
+			n := <-sent
+			fmt.Fprintf(stdout, "Sent %d events: %d accepted, %d not.\n", n[0]+n[1], n[0], n[1])
+		}()
 	}
 	fmt.Fprintln(stdout, "\nServing until Ctrl-C.")
 	select {
