@@ -196,6 +196,9 @@ func benchServe(ctx context.Context, args []string, stdin io.Reader, stdout, std
 		"nats": serveNATS, "edge": serveEdge, "echo": serveEcho,
 		"vendor": serveVendor, "prefetcher": serveStage(prefetcher.Program()), "persister": serveStage(persister.Program()),
 	}
+	if args[0] == "edge" || args[0] == "prefetcher" || args[0] == "persister" {
+		ops.CollectSeldom() // as their main functions do
+	}
 	serve, ok := servers[args[0]]
 	if !ok {
 		fmt.Fprintf(stderr, "local bench: no server %q\n", args[0])

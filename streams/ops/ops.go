@@ -234,6 +234,17 @@ type Program[C any] struct {
 	Run func(ctx context.Context, cfg C, p *Process) error
 }
 
+// CollectSeldom makes the garbage collector run four times less often than by
+// default, unless GOGC says how often. These processes keep little and throw
+// away much: at 13,000 events a second the edge collected its few megabytes
+// often enough to take a tenth of its throughput. The memory this costs is
+// bounded where GOMEMLIMIT is set, as in production.
+func CollectSeldom() {
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(400)
+	}
+}
+
 // Main runs a program with the process's arguments, environment and signals
 // and returns its exit code: 0 after a requested stop, 1 after a failure, 2
 // for bad usage or settings. A second signal ends the process at once.
@@ -241,6 +252,7 @@ func Main[C any](prog Program[C]) int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	context.AfterFunc(ctx, stop) // from here on a second signal kills
+	CollectSeldom()
 	return prog.main(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr)
 }
 
