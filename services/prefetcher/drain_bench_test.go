@@ -24,6 +24,7 @@ import (
 // of GETs against the same simulator in the same run. Only the ratio carries
 // from one machine to another. Run it with -benchtime 1x.
 func BenchmarkDrain(b *testing.B) {
+	ops.CollectSeldom() // as the program does
 	for _, tt := range []struct {
 		name     string
 		latency  time.Duration
