@@ -41,6 +41,8 @@ const (
 	// this long.
 	saveCopies = 100
 	savePeriod = 5 * time.Second
+	// burstPeriod is how far apart the bursts of copies are.
+	burstPeriod = 40 * time.Millisecond
 )
 
 // feedCounts is what a replay or redrive does with the messages of its span.
@@ -326,10 +328,12 @@ func (r *feeder) run(ctx context.Context, p *progress) error {
 		if err := r.records.look(ctx, items); err != nil {
 			return err
 		}
-		// Without a rate the copies of a batch are made at once.
-		step := 1
-		if r.Rate == 0 || r.DryRun {
-			step = batchSize
+		// Without a rate the copies of a batch are made at once, with one in
+		// small bursts: these cost everybody less than as many single ones,
+		// and between them live events have the stages to themselves.
+		step := batchSize
+		if r.Rate > 0 && !r.DryRun {
+			step = max(1, min(int(r.Rate*burstPeriod.Seconds()), saveCopies))
 		}
 		for part := range slices.Chunk(items, step) {
 			copied := r.Counts.Copied
