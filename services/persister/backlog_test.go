@@ -36,6 +36,7 @@ const (
 //
 // One run of each counts; servers, persister and load share the machine.
 func BenchmarkBacklog(b *testing.B) {
+	ops.CollectSeldom() // as the program does
 	rds := streamstest.NewRedis(b)
 	rdb := client(b, rds.URL())
 	n := streamstest.NewNATS(b)
