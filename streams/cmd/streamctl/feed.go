@@ -1,6 +1,8 @@
 package main
 
 import (
+	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/json"
@@ -207,12 +209,30 @@ func (r *feeder) save(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("encode replay %s: %w", r.ID, err)
 	}
-	rev, err := r.kv.Update(ctx, r.ID, b, r.rev)
-	if err != nil {
+	var taken error // the end of it at once
+	err = keepTrying(ctx, func() error {
+		rev, err := r.kv.Update(ctx, r.ID, b, r.rev)
+		if err == nil {
+			r.rev = rev
+			return nil
+		}
+		// It may have been stored all the same: by an earlier try, or by this
+		// one if only the answer got lost.
+		entry, getErr := r.kv.Get(ctx, r.ID)
+		switch {
+		case getErr == nil && bytes.Equal(entry.Value(), b):
+			r.rev = entry.Revision()
+			return nil
+		case getErr == nil && entry.Revision() != r.rev:
+			taken = fmt.Errorf("save replay %s: another process goes on with it", r.ID)
+			return nil
+		}
 		return fmt.Errorf("save replay %s: %w", r.ID, err)
+	})
+	if err = cmp.Or(err, taken); err != nil {
+		return err
 	}
-	r.rev = rev
-	return r.deleteReplaced(ctx)
+	return keepTrying(ctx, func() error { return r.deleteReplaced(ctx) })
 }
 
 // deleteReplaced deletes dead letters of which there are copies. A letter is
@@ -543,7 +563,11 @@ func (r *feeder) makeWay(ctx context.Context) error {
 	for {
 		waiting := uint64(0)
 		for stage := range r.LastCopy {
-			lag, err := streams.ReadLag(ctx, r.conn.JS, streams.StreamBackfill, stage+"-backfill")
+			var lag streams.Lag
+			err := keepTrying(ctx, func() (err error) {
+				lag, err = streams.ReadLag(ctx, r.conn.JS, streams.StreamBackfill, stage+"-backfill")
+				return err
+			})
 			if err != nil {
 				return err //nolint:wrapcheck // says what it did
 			}

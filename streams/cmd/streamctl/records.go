@@ -96,25 +96,28 @@ func (r *records) read(ctx context.Context, items []*item) ([]*recordHead, error
 	if len(items) == 0 {
 		return nil, nil
 	}
-	pipe := r.rdb.Pipeline()
-	gets := make([]*redis.StringCmd, len(items))
-	for i, it := range items {
-		gets[i] = pipe.Get(ctx, record.Key(it.id))
-	}
-	// Each answer is looked at below.
-	_, _ = pipe.Exec(ctx)
 	heads := make([]*recordHead, len(items))
-	for i, get := range gets {
-		b, err := get.Bytes()
-		if errors.Is(err, redis.Nil) {
-			continue
+	err := keepTrying(ctx, func() error {
+		pipe := r.rdb.Pipeline()
+		gets := make([]*redis.StringCmd, len(items))
+		for i, it := range items {
+			gets[i] = pipe.Get(ctx, record.Key(it.id))
 		}
-		if err != nil {
-			return nil, fmt.Errorf("look at a record: %w", err)
+		// Each answer is looked at below.
+		_, _ = pipe.Exec(ctx)
+		for i, get := range gets {
+			b, err := get.Bytes()
+			if errors.Is(err, redis.Nil) {
+				continue
+			}
+			if err != nil {
+				return fmt.Errorf("look at a record: %w", err)
+			}
+			if rec, err := record.Decode(b); err == nil {
+				heads[i] = &recordHead{rec.Status, rec.AcceptedAt.Time, rec.SubscriberID}
+			}
 		}
-		if rec, err := record.Decode(b); err == nil {
-			heads[i] = &recordHead{rec.Status, rec.AcceptedAt.Time, rec.SubscriberID}
-		}
-	}
-	return heads, nil
+		return nil
+	})
+	return heads, err
 }

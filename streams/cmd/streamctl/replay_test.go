@@ -398,3 +398,55 @@ func TestBar(t *testing.T) {
 		t.Error(got)
 	}
 }
+
+// NATS and Redis may go away and come back under a run: it waits for them and
+// copies everything once.
+func TestReplayOutlivesRestarts(t *testing.T) {
+	t.Parallel()
+	const events = 400
+	b := newBench(t)
+	now := time.Now()
+	for i := range events {
+		b.put(streams.EnrichedSubject(12), nil, ready(event(fmt.Sprint("e", i)), now))
+	}
+	type ended struct {
+		code      int
+		out, errs string
+	}
+	end := make(chan ended, 1)
+	env := map[string]string{"NATS_URL": b.n.URL, "REDIS_URL": b.redis.URL()}
+	go func() {
+		var out, errs strings.Builder
+		code := run(t.Context(), strings.Fields("replay --stage persister --from-seq 1 --rate 200 --json --no-wait"),
+			func(name string) string { return env[name] }, nil, &out, &errs)
+		end <- ended{code, out.String(), errs.String()}
+	}()
+	copied := func(n uint64) func() bool {
+		return func() bool {
+			s, err := b.js.Stream(t.Context(), streams.StreamBackfill)
+			return err == nil && s.CachedInfo().State.Msgs >= n
+		}
+	}
+	streamstest.Eventually(t, "the first copies", copied(20))
+	b.n.Stop()
+	b.redis.Kill()
+	b.n.Start()
+	streamstest.Eventually(t, "the server", copied(20))
+	b.redis.Start()
+	streamstest.Eventually(t, "more copies", copied(events/2))
+	b.n.Stop()
+	b.n.Start()
+	e := <-end
+	if s := decodeReplay(t, e.out); e.code != exitDone || !s.Done || s.Counts.Copied != events {
+		t.Fatalf("exit %d, %+v, %s", e.code, s, e.errs)
+	}
+	n := b.copies(decodeReplay(t, e.out).ID)
+	if len(n) != events {
+		t.Errorf("%d of %d copied", len(n), events)
+	}
+	for id, times := range n {
+		if times != 1 {
+			t.Errorf("%s copied %d times", id, times)
+		}
+	}
+}

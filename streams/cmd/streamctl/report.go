@@ -69,7 +69,11 @@ func (r *feeder) settle(ctx context.Context, p *progress) (why string, err error
 func (r *feeder) finished(ctx context.Context, p *progress, stream, durable string, upTo uint64) (why string, err error) {
 	moved, last := time.Now(), uint64(0)
 	for {
-		c, err := r.conn.JS.Consumer(ctx, stream, durable)
+		var c jetstream.Consumer
+		err := keepTrying(ctx, func() (err error) {
+			c, err = r.conn.JS.Consumer(ctx, stream, durable)
+			return err
+		})
 		if err != nil {
 			return "", fmt.Errorf("look up durable %s of %s: %w", durable, stream, err)
 		}

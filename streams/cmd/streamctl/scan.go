@@ -210,12 +210,10 @@ func scanBatches(ctx context.Context, conn *streams.Conn, in span, subject strin
 	for next := in.From; next <= in.To; {
 		var batch []*jetstream.RawStreamMsg
 		var last bool
-		var err error
-		for range 3 { // a message or its batch's end may get lost
-			if batch, last, err = getBatch(ctx, conn.NC, in.Stream, next, subject, size); err == nil || ctx.Err() != nil {
-				break
-			}
-		}
+		err := keepTrying(ctx, func() (err error) {
+			batch, last, err = getBatch(ctx, conn.NC, in.Stream, next, subject, size)
+			return err
+		})
 		if err != nil {
 			return fmt.Errorf("read %s from %d: %w", in.Stream, next, err)
 		}
@@ -235,6 +233,22 @@ func scanBatches(ctx context.Context, conn *streams.Conn, in span, subject strin
 		}
 	}
 	return nil
+}
+
+// patience is how long a run puts up with a server that is away: a leader's
+// election, Redis's restart. What takes longer ends it, and --resume goes on.
+const patience = 30 * time.Second
+
+// keepTrying calls do until it succeeds, ctx is done, or patience is over, and
+// returns its last error.
+func keepTrying(ctx context.Context, do func() error) error {
+	deadline := time.Now().Add(patience)
+	for {
+		err := do()
+		if err == nil || time.Now().After(deadline) || wait(ctx, 250*time.Millisecond) != nil {
+			return err
+		}
+	}
 }
 
 // getBatch asks for up to size messages from a sequence on, in one request
