@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -486,4 +487,112 @@ func BenchmarkLiveDuringReplay(b *testing.B) {
 	b.ReportMetric(float64(a.Microseconds())/1000, "ms-alone")
 	b.ReportMetric(float64(w.Microseconds())/1000, "ms-beside")
 	b.ReportMetric(float64(w)/float64(a), "ratio")
+}
+
+// BenchmarkLiveDuringRefetch posts events at 80 % of a quota of 200 calls a
+// second, five times alone and five times beside a replay of 10,000 events for
+// the prefetcher, in turn, and reports the medians of the 99th percentile of
+// the time from stored to fetched, and how many calls a second were left to the
+// replay.
+func BenchmarkLiveDuringRefetch(b *testing.B) {
+	const quota, rate, seconds, replayed = 200, 160, 10, 10_000
+	p := newPipeline(b)
+	p.logs = &lockedBuffer{}
+	p.sim.SetLatency(50*time.Millisecond, 0)
+	p.sim.SetRate(quota, 3*quota)
+	p.procs["prefetcher"].env = append(p.procs["prefetcher"].env, fmt.Sprint("FINGERPRINT_RATE_LIMIT=", quota), "REDIS_URL="+p.redis.URL())
+	p.apply()
+	var bodies [][]byte
+	for i := range replayed {
+		bodies = append(bodies, p.encode(userEvent(fmt.Sprint("e", i), "user@example.com")))
+	}
+	p.seed(streams.IngestSubject(12), bodies)
+	js := p.nats.Connect("bench").JS
+	if _, err := js.ResetConsumerToSequence(b.Context(), streams.StreamIngest, streams.DurablePrefetcher, replayed+1); err != nil {
+		b.Fatal(err)
+	}
+	p.start("ingest", "prefetcher", "persister")
+	p.ready("ingest", "prefetcher", "persister")
+	idle := func() {
+		streamstest.Eventually(b, "nothing to be fetched", func() bool {
+			for stream, durable := range map[string]string{streams.StreamIngest: streams.DurablePrefetcher, streams.StreamBackfill: streams.DurablePrefetcherBackfill} {
+				if l, err := streams.ReadLag(b.Context(), js, stream, durable); err != nil || l.Messages() > 0 {
+					return false
+				}
+			}
+			return true
+		})
+	}
+	enriched, err := js.Stream(b.Context(), streams.StreamEnriched)
+	if err != nil {
+		b.Fatal(err)
+	}
+	n := 0
+	// run posts for some seconds and returns the 99th percentile, and how many
+	// results there were of the replay meanwhile.
+	run := func() (p99 time.Duration, copies int) {
+		before, err := enriched.Info(b.Context())
+		if err != nil {
+			b.Fatal(err)
+		}
+		begin := time.Now()
+		var posting sync.WaitGroup
+		for i := range rate * seconds {
+			n++
+			id := fmt.Sprint("live", n)
+			posting.Go(func() {
+				time.Sleep(time.Until(begin.Add(time.Duration(i) * time.Second / rate)))
+				if status, answer := p.post(id); status != http.StatusAccepted {
+					b.Errorf("%d %s", status, answer)
+				}
+			})
+		}
+		posting.Wait()
+		var took []time.Duration
+		for seq := before.State.LastSeq + 1; len(took) < rate*seconds; seq++ {
+			var m *jetstream.RawStreamMsg
+			streamstest.Eventually(b, "the next result", func() bool {
+				m, err = enriched.GetMsg(b.Context(), seq)
+				return err == nil
+			})
+			if m.Header.Get(streams.HeaderReplay) != "" {
+				copies++
+				continue
+			}
+			r, err := record.Decode(m.Data)
+			if err != nil {
+				b.Fatal(err)
+			}
+			took = append(took, m.Time.Sub(r.AcceptedAt.Time))
+		}
+		slices.Sort(took)
+		return took[len(took)*99/100], copies
+	}
+	run() // warm
+	var alone, beside []time.Duration
+	left := 0
+	for b.Loop() {
+		for range 5 {
+			idle()
+			p99, _ := run()
+			alone = append(alone, p99)
+			cmd, _ := p.operate("replay", "--stage", "prefetcher", "--from-seq", "1", "--force", "--rate", "0")
+			if err := cmd.Start(); err != nil {
+				b.Fatal(err)
+			}
+			p99, copies := run()
+			beside, left = append(beside, p99), left+copies
+			_ = cmd.Process.Signal(os.Interrupt)
+			_ = cmd.Wait() // exit code 4: stopped with work left
+		}
+	}
+	slices.Sort(alone)
+	slices.Sort(beside)
+	a, w := alone[len(alone)/2], beside[len(beside)/2]
+	b.ReportMetric(float64(a.Microseconds())/1000, "p99-ms-alone")
+	b.ReportMetric(float64(w.Microseconds())/1000, "p99-ms-beside")
+	b.ReportMetric(float64(w)/float64(a), "ratio")
+	b.ReportMetric(float64(left)/float64(len(beside)*seconds), "replayed/s")
+	b.ReportMetric(float64(p.sim.CountsByStatus()[http.StatusTooManyRequests]), "429s")
+	b.ReportMetric(0, "ns/op")
 }

@@ -8,7 +8,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -36,11 +35,7 @@ const (
 	// maxRedrives is how often a message is redriven: what fails a fourth
 	// time wants another remedy.
 	maxRedrives = 3
-	// maxOutstanding bounds what waits in FP_BACKFILL, so that a stopped
-	// replay soon stops having effects.
-	maxOutstanding = 1000
-	// The cursor is saved, and the lag looked at, after this many copies or
-	// this long.
+	// The cursor is saved after this many copies or this long.
 	saveCopies = 100
 	savePeriod = 5 * time.Second
 	// burstPeriod is how far apart the bursts of copies are.
@@ -338,6 +333,7 @@ func (r *feeder) run(ctx context.Context, p *progress) error {
 	}
 	p.begin(r.Next, r.Span.To+1)
 	start, saved, savedAt, n := time.Now(), time.Now(), 0, 0
+	room := newRoom(time.Now())
 	// A batch is looked at as a whole, so at a low rate it is a small one.
 	size := batchSize
 	if r.Rate > 0 && !r.DryRun {
@@ -348,14 +344,20 @@ func (r *feeder) run(ctx context.Context, p *progress) error {
 		if err := r.records.look(ctx, items); err != nil {
 			return err
 		}
-		// Without a rate the copies of a batch are made at once, with one in
-		// small bursts: these cost everybody less than as many single ones,
-		// and between them live events have the stages to themselves.
+		// Without a rate as many copies are made at once as the stages have
+		// room for, with one in small bursts: these cost everybody less than as
+		// many single ones, and between them live events have the stages to
+		// themselves.
 		step := batchSize
 		if r.Rate > 0 && !r.DryRun {
-			step = max(1, min(int(r.Rate*burstPeriod.Seconds()), saveCopies))
+			step = max(1, min(int(r.Rate*burstPeriod.Seconds()), batchSize))
 		}
-		for part := range slices.Chunk(items, step) {
+		for len(items) > 0 {
+			part := items
+			if !r.DryRun {
+				part = items[:min(step, room.left, len(items))]
+			}
+			items = items[len(part):]
 			copied := r.Counts.Copied
 			if err := r.part(ctx, part, made); err != nil {
 				return err
@@ -366,12 +368,15 @@ func (r *feeder) run(ctx context.Context, p *progress) error {
 				continue
 			}
 			n += int(r.Counts.Copied - copied)
+			room.left -= int(r.Counts.Copied - copied)
 			if n-savedAt >= saveCopies || time.Since(saved) > savePeriod {
 				if err := r.save(ctx); err != nil {
 					return err
 				}
 				saved, savedAt = time.Now(), n
-				if err := r.makeWay(ctx); err != nil {
+			}
+			if room.left <= 0 {
+				if err := r.makeWay(ctx, p, room, n); err != nil {
 					return err
 				}
 			}
@@ -558,8 +563,46 @@ func (r *feeder) copy(ctx context.Context, it *item) (sequence uint64, err error
 	}
 }
 
+// room is how many copies the stages have room for. What waits in FP_BACKFILL
+// is bounded, so that a stopped replay soon stops having effects, and by time
+// rather than number: live events that make way for newer ones come behind it.
+type room struct {
+	left    int // how many more before another look
+	allowed int
+	at      time.Time
+	done    int // copies finished by then
+}
+
+const (
+	minOutstanding = 20
+	maxOutstanding = 1000
+	// outstandingFor is how long the stages need for what may wait.
+	outstandingFor = 2 * time.Second
+)
+
+func newRoom(now time.Time) *room {
+	return &room{left: minOutstanding, allowed: minOutstanding, at: now}
+}
+
+// look takes in that of so many copies some wait, and reports whether there is
+// room for more.
+func (r *room) look(now time.Time, copies, waiting int) bool {
+	took, done := now.Sub(r.at), copies-waiting
+	switch {
+	case waiting == 0: // they were waiting for the replay
+		r.allowed = 2 * r.allowed
+		r.at, r.done = now, done
+	case took > outstandingFor/4:
+		r.allowed = int(float64(done-r.done) / took.Seconds() * outstandingFor.Seconds())
+		r.at, r.done = now, done
+	}
+	r.allowed = max(minOutstanding, min(r.allowed, maxOutstanding))
+	r.left = r.allowed - waiting
+	return waiting <= r.allowed/2
+}
+
 // makeWay waits until the stages have room for the next copies.
-func (r *feeder) makeWay(ctx context.Context) error {
+func (r *feeder) makeWay(ctx context.Context, p *progress, room *room, copies int) error {
 	for {
 		waiting := uint64(0)
 		for stage := range r.LastCopy {
@@ -573,10 +616,11 @@ func (r *feeder) makeWay(ctx context.Context) error {
 			}
 			waiting = max(waiting, lag.Messages())
 		}
-		if waiting+saveCopies <= maxOutstanding {
+		if room.look(time.Now(), copies, int(waiting)) {
 			return nil
 		}
-		if err := wait(ctx, 100*time.Millisecond); err != nil {
+		p.say(fmt.Sprintf("%d copied, %d wait for their stage", r.Counts.Copied, waiting))
+		if err := wait(ctx, 20*time.Millisecond); err != nil {
 			return err
 		}
 	}

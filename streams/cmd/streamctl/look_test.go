@@ -2,9 +2,11 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -70,6 +72,26 @@ func ready(e streams.Event, at time.Time) record.Record {
 	r := streams.NewRecord(e, at, record.Ready, "")
 	r.Signals, r.Checks, r.Event = &record.Signals{}, &record.Checks{}, json.RawMessage(`{}`)
 	return r
+}
+
+// work acks whatever comes to a durable until the test ends, as a stage that is
+// there does.
+func (b *bench) work(stream, durable string) {
+	var working sync.WaitGroup
+	ctx, cancel := context.WithCancel(b.t.Context())
+	working.Go(func() {
+		for ctx.Err() == nil {
+			c, err := b.js.Consumer(ctx, stream, durable)
+			if err != nil {
+				continue // the server is away
+			}
+			m, err := c.Next(jetstream.FetchMaxWait(time.Second))
+			if err == nil {
+				_ = m.Ack() // else it comes again
+			}
+		}
+	})
+	b.t.Cleanup(func() { cancel(); working.Wait() })
 }
 
 // finish acks everything a durable has.

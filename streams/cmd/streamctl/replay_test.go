@@ -62,6 +62,7 @@ func decodeReplay(t *testing.T, out string) feedState {
 func TestDryRunEqualsRun(t *testing.T) {
 	t.Parallel()
 	b := newBench(t)
+	b.work(streams.StreamBackfill, streams.DurablePersisterBackfill)
 	now := time.Now()
 	for i := range 40 {
 		at := now
@@ -169,6 +170,8 @@ func TestKilledRunResumes(t *testing.T) {
 func testKilledRunResumes(t *testing.T, verb []string, subject string, args ...string) *bench {
 	const events = 400
 	b := newBench(t)
+	b.work(streams.StreamBackfill, streams.DurablePersisterBackfill)
+	b.work(streams.StreamBackfill, streams.DurablePrefetcherBackfill)
 	for _, d := range streams.Definition(streams.Limits{}) {
 		if d.Stream.Name == streams.StreamBackfill {
 			d.Stream.Duplicates = 100 * time.Millisecond
@@ -405,6 +408,7 @@ func TestReplayOutlivesRestarts(t *testing.T) {
 	t.Parallel()
 	const events = 400
 	b := newBench(t)
+	b.work(streams.StreamBackfill, streams.DurablePersisterBackfill)
 	now := time.Now()
 	for i := range events {
 		b.put(streams.EnrichedSubject(12), nil, ready(event(fmt.Sprint("e", i)), now))
@@ -447,6 +451,33 @@ func TestReplayOutlivesRestarts(t *testing.T) {
 	for id, times := range n {
 		if times != 1 {
 			t.Errorf("%s copied %d times", id, times)
+		}
+	}
+}
+
+// What may wait follows what the stages finish: two seconds' worth.
+func TestRoomFollowsTheStages(t *testing.T) {
+	start := time.Now()
+	for perSecond, want := range map[float64]int{1: minOutstanding, 40: 80, 200: 400, 5000: maxOutstanding} {
+		r := newRoom(start)
+		copies, finished, most := 0, 0.0, 0
+		for tick := range 3000 { // a minute
+			now := start.Add(time.Duration(tick) * 20 * time.Millisecond)
+			finished = min(finished+perSecond/50, float64(copies))
+			waiting := copies - int(finished)
+			if tick > 1000 {
+				most = max(most, waiting)
+			}
+			if r.left > 0 || r.look(now, copies, waiting) {
+				copies += r.left
+				r.left = 0
+			}
+		}
+		if most > want+want/4 || most < want/2 {
+			t.Errorf("at %g a second %d wait, want about %d", perSecond, most, want)
+		}
+		if copies < int(perSecond*55) {
+			t.Errorf("at %g a second %d copies in a minute", perSecond, copies)
 		}
 	}
 }
