@@ -166,6 +166,17 @@ func TestEveryExpressionReturnsData(t *testing.T) {
 	for _, s := range w.firing() {
 		t.Errorf("under plain load %v fires", s.Metric)
 	}
+	for _, name := range services {
+		page, err := get(t, w.ops[name], "/metrics")
+		if err != nil {
+			t.Fatal(err)
+		}
+		lint := exec.Command(tool(t, "promtool"), "check", "metrics")
+		lint.Stdin = strings.NewReader(page)
+		if out, err := lint.CombinedOutput(); err != nil || len(out) > 0 {
+			t.Errorf("promtool check metrics of %s: %v\n%s", name, err, out)
+		}
+	}
 	// What Prometheus itself says about rules that fail.
 	page, err := get(t, w.addr, "/api/v1/rules")
 	if err != nil || strings.Contains(page, `"health":"err"`) || !strings.Contains(page, `"health":"ok"`) {
