@@ -176,6 +176,17 @@ func (c *Conn) Ready(ctx context.Context, stream string) error {
 	return nil
 }
 
+// WatchReady keeps the part "nats" of a service's health true to [Conn.Ready],
+// until ctx is done.
+func (c *Conn) WatchReady(ctx context.Context, health *ops.Health, stream string) {
+	for {
+		health.Set("nats", c.Ready(ctx, stream))
+		if !sleep(ctx, time.Second) {
+			return
+		}
+	}
+}
+
 // Close sends what is still in the socket's buffer, acks above all, and
 // closes. It takes at most two seconds.
 func (c *Conn) Close() {

@@ -11,6 +11,8 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promauto"
+
+	"github.com/idenza/fingerprint-prefetch/streams/ops"
 )
 
 // Janitor makes room in streams that fill up, by purging history that every
@@ -145,10 +147,11 @@ func firstYounger(ctx context.Context, s jetstream.Stream, state jetstream.Strea
 	return low, nil
 }
 
-// RunExporter serves the lag of every durable and the fill of every stream on
-// reg, makes room in streams under pressure, and sends heartbeats, until ctx is
-// done.
-func RunExporter(ctx context.Context, js jetstream.JetStream, log *slog.Logger, reg prometheus.Registerer, keepEnriched time.Duration) {
+// RunExporter serves the lag of every durable and the fill of every stream,
+// makes room in streams under pressure, and sends heartbeats, until ctx is
+// done. It is ready while the streams answer.
+func RunExporter(ctx context.Context, conn *Conn, p *ops.Process, keepEnriched time.Duration) {
+	p.Health.Expect("nats")
 	var refs []StreamRef
 	for _, d := range Definition(Limits{}) {
 		ref := StreamRef{Stream: d.Stream.Name}
@@ -158,8 +161,9 @@ func RunExporter(ctx context.Context, js jetstream.JetStream, log *slog.Logger, 
 		refs = append(refs, ref)
 	}
 	var wg sync.WaitGroup
-	wg.Go(func() { NewLagCollector(js, log, reg, refs...).Run(ctx) })
-	wg.Go(func() { RunHeartbeat(ctx, NewPublisher(js, reg), log, reg) })
-	wg.Go(func() { NewJanitor(js, log, reg, keepEnriched).Run(ctx) })
+	wg.Go(func() { conn.WatchReady(ctx, p.Health, StreamIngest) })
+	wg.Go(func() { NewLagCollector(conn.JS, p.Log, p.Registry, refs...).Run(ctx) })
+	wg.Go(func() { RunHeartbeat(ctx, NewPublisher(conn.JS, p.Registry), p.Log, p.Registry) })
+	wg.Go(func() { NewJanitor(conn.JS, p.Log, p.Registry, keepEnriched).Run(ctx) })
 	wg.Wait()
 }

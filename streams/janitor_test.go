@@ -1,13 +1,16 @@
 package streams_test
 
 import (
+	"context"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/idenza/fingerprint-prefetch/streams"
+	"github.com/idenza/fingerprint-prefetch/streams/ops"
 	"github.com/idenza/fingerprint-prefetch/streams/streamstest"
 )
 
@@ -113,4 +116,31 @@ func TestJanitorKeepsHistoryWhileThereIsRoom(t *testing.T) {
 	if got := l.left("FP_INGEST", 1); len(got) != 1 {
 		t.Error("purged with plenty of room")
 	}
+}
+
+// The exporter says so while it can see nothing.
+func TestExporterIsReadyWhileNATSAnswers(t *testing.T) {
+	t.Parallel()
+	n := streamstest.NewNATS(t)
+	p := ops.NewProcessLogger("exporter", streamstest.Logger(t))
+	conn, err := streams.Connect(streams.ConnectConfig{Name: streams.UserExporter, URL: n.URL}, p.Log, p.Registry)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if p.Health.Err() == nil {
+		t.Error("ready before it runs")
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() { defer close(done); streams.RunExporter(ctx, conn, p, 0) }()
+	defer func() { stop(); <-done }()
+	streamstest.Eventually(t, "readiness", func() bool { return p.Health.Err() == nil })
+	n.Stop()
+	streamstest.Eventually(t, "the loss noticed", func() bool {
+		err := p.Health.Err()
+		return err != nil && strings.HasPrefix(err.Error(), "nats: ")
+	})
+	n.Start()
+	streamstest.Eventually(t, "readiness again", func() bool { return p.Health.Err() == nil })
 }

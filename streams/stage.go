@@ -33,11 +33,13 @@ func RunStage(ctx context.Context, stage string, conn *Conn, pub *Publisher, p *
 	metrics := NewConsumerMetrics(p.Registry)
 	var refs []StreamRef
 	errs := make([]error, len(works))
+	part := func(w Work) string { return "consumer " + w.Consumer.Durable }
+	for _, w := range works { // all before the first runs: no part is ready while another is not named
+		p.Health.Expect(part(w))
+	}
 	for i, w := range works {
-		c := w.Consumer
+		c, part := w.Consumer, part(w)
 		c.Stage, c.JS, c.Publisher, c.Log, c.Metrics = stage, conn.JS, pub, p.Log, metrics
-		part := "consumer " + c.Durable
-		p.Health.Expect(part)
 		c.Reachable = func(err error) { p.Health.Set(part, err) }
 		refs = append(refs, StreamRef{c.Stream, []string{c.Durable}})
 		wg.Go(func() {

@@ -46,7 +46,7 @@ func exporterProgram() ops.Program[streams.ConnectConfig] {
 				return err
 			}
 			defer conn.Close()
-			streams.RunExporter(ctx, conn.JS, p.Log, p.Registry, 24*time.Hour)
+			streams.RunExporter(ctx, conn, p, 24*time.Hour)
 			return nil
 		},
 	}
@@ -152,10 +152,7 @@ func newPipeline(t testing.TB) *pipeline {
 		p.start(name)
 	}
 	for _, name := range services {
-		streamstest.Eventually(t, name+" to be ready", func() bool {
-			begun := name == "exporter" || p.gather(name)["fp_dependency_up"] != nil
-			return begun && p.processes[name].Health.Err() == nil
-		})
+		streamstest.Eventually(t, name+" to be ready", func() bool { return p.processes[name].Health.Err() == nil })
 	}
 	return p
 }

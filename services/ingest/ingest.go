@@ -22,10 +22,7 @@ import (
 	"github.com/idenza/fingerprint-prefetch/streams/ops"
 )
 
-const (
-	keysInterval  = 2 * time.Second
-	readyInterval = time.Second
-)
+const keysInterval = 2 * time.Second
 
 // Program is the command of this service.
 func Program() ops.Program[Config] {
@@ -72,24 +69,9 @@ func Run(ctx context.Context, cfg Config, p *ops.Process) error {
 	defer tasks.Wait()
 	defer stop()
 	tasks.Go(func() { keys.watch(background, keysInterval) })
-	tasks.Go(func() { watchReady(background, conn, p.Health) })
+	tasks.Go(func() { conn.WatchReady(background, p.Health, streams.StreamIngest) })
 
 	return s.serve(ctx, ln, cfg, conn.Closed(), p.Health)
-}
-
-// watchReady keeps the readiness of NATS up to date: whether the stream that
-// events go to answers.
-func watchReady(ctx context.Context, conn *streams.Conn, health *ops.Health) {
-	tick := time.NewTicker(readyInterval)
-	defer tick.Stop()
-	for {
-		health.Set("nats", conn.Ready(ctx, streams.StreamIngest))
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-		}
-	}
 }
 
 // serve answers requests on ln until ctx is done and the rest is finished, or

@@ -130,13 +130,17 @@ func (h *Health) Drain() {
 	h.draining = true
 }
 
-// Err returns nil when the service is ready, else why not, one part a line.
+// Err returns nil when the service is ready, else why not, one part a line. A
+// service that has not yet named its parts is not ready.
 func (h *Health) Err() error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	var errs []error
 	if h.draining {
 		errs = append(errs, errors.New("draining"))
+	}
+	if len(h.parts) == 0 {
+		errs = append(errs, errors.New("starting"))
 	}
 	for _, p := range h.names() {
 		if err := h.parts[p]; err != nil {

@@ -168,6 +168,7 @@ func TestProgramServesUntilRunReturns(t *testing.T) {
 		return resp.StatusCode, nil
 	}
 	prog := program(func(ctx context.Context, _ config, p *Process) error {
+		p.Health.Set("part", nil)
 		if code, err := status("/readyz"); code != http.StatusOK {
 			return fmt.Errorf("readyz %d, %w", code, err)
 		}
@@ -298,7 +299,9 @@ func TestHandler(t *testing.T) {
 			}
 		}
 	}
-	expect("/readyz", 200, "ok\n")
+	// Its parts are not named yet.
+	expect("/readyz", 503, "starting\n")
+	metrics(`fp_ready{service="tester"} 0`)
 
 	p.Health.Expect("redis", "nats")
 	expect("/readyz", 503, "nats: starting\nredis: starting\n")

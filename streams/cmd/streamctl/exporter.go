@@ -40,7 +40,7 @@ func exporterProgram() ops.Program[exporterConfig] {
 				case <-ctx.Done():
 				}
 			}()
-			streams.RunExporter(ctx, conn.JS, p.Log, p.Registry, cfg.recordTTL)
+			streams.RunExporter(ctx, conn, p, cfg.recordTTL)
 			select {
 			case err := <-lost:
 				return err
