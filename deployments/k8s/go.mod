@@ -4,6 +4,7 @@ go 1.26.0
 
 require (
 	github.com/idenza/fingerprint-prefetch/streams v0.0.0
+	github.com/nats-io/nats-server/v2 v2.15.2
 	sigs.k8s.io/kustomize/api v0.20.1
 	sigs.k8s.io/kustomize/kyaml v0.20.1
 )

@@ -68,12 +68,13 @@ func (s selector) matches(labels map[string]string) bool {
 
 type podSpec struct {
 	AutomountServiceAccountToken  *bool
+	EnableServiceLinks            *bool
 	HostNetwork, HostPID, HostIPC bool
 	TerminationGracePeriodSeconds int
 	SecurityContext               struct {
-		RunAsNonRoot   bool
-		RunAsUser      int
-		SeccompProfile struct{ Type string }
+		RunAsNonRoot                   bool
+		RunAsUser, RunAsGroup, FSGroup int
+		SeccompProfile                 struct{ Type string }
 	}
 	InitContainers, Containers []container
 	Volumes                    []struct {
@@ -193,20 +194,14 @@ func TestPodsAreRestricted(t *testing.T) {
 				}
 			}
 			fail(o.Metadata.Namespace != "fingerprint-prefetch", "in another namespace")
-			fail(p.AutomountServiceAccountToken == nil || *p.AutomountServiceAccountToken, "has a service account's token")
-			fail(p.HostNetwork || p.HostPID || p.HostIPC, "shares the host's namespaces")
-			fail(!p.SecurityContext.RunAsNonRoot || p.SecurityContext.RunAsUser != 65532, "does not run as 65532")
-			fail(p.SecurityContext.SeccompProfile.Type != "RuntimeDefault", "has no seccomp profile")
+			restrictPod(fail, p)
 			mounted := map[string]bool{}
 			for _, v := range p.Volumes {
 				fail(v.Secret == nil && v.ConfigMap == nil && v.EmptyDir == nil, "mounts more than secrets, settings and scratch space")
 				fail(v.Secret != nil && v.Secret.DefaultMode != 0o440, "has a secret that others may read")
 			}
 			for _, c := range slices.Concat(p.InitContainers, p.Containers) {
-				s := c.SecurityContext
-				fail(s.AllowPrivilegeEscalation == nil || *s.AllowPrivilegeEscalation, "may gain privileges")
-				fail(!s.ReadOnlyRootFilesystem, "can write to its root")
-				fail(!slices.Equal(s.Capabilities.Drop, []string{"ALL"}) || len(s.Capabilities.Add) > 0, "has capabilities")
+				restrictContainer(t, fail, c)
 				_, tag, tagged := strings.Cut(c.Image, ":")
 				fail(!tagged || tag == "latest", "image "+c.Image+" has no version")
 				fail(len(c.EnvFrom) > 0, "takes its environment from elsewhere")
@@ -219,17 +214,31 @@ func TestPodsAreRestricted(t *testing.T) {
 						fail(!mounted[dir], e.Name+" names a file nobody mounts")
 					}
 				}
-				limit, request := c.Resources.Limits["memory"], c.Resources.Requests["memory"]
-				fail(limit == "" || limit != request, "memory is not reserved up to its limit")
-				fail(c.Resources.Requests["cpu"] == "", "requests no CPU")
-				fail(c.Resources.Limits["cpu"] != "", "is throttled")
-				if c.Name != "redis" {
-					share := bytesOf(t, c.env("GOMEMLIMIT")) / bytesOf(t, limit)
-					fail(share < .85 || share > .95, fmt.Sprintf("GOMEMLIMIT is %.2f of the limit", share))
-				}
 			}
 		}
 	})
+}
+
+func restrictPod(fail func(bad bool, what string), p podSpec) {
+	fail(p.AutomountServiceAccountToken == nil || *p.AutomountServiceAccountToken, "has a service account's token")
+	fail(p.HostNetwork || p.HostPID || p.HostIPC, "shares the host's namespaces")
+	fail(!p.SecurityContext.RunAsNonRoot || p.SecurityContext.RunAsUser != 65532, "does not run as 65532")
+	fail(p.SecurityContext.SeccompProfile.Type != "RuntimeDefault", "has no seccomp profile")
+}
+
+func restrictContainer(t *testing.T, fail func(bad bool, what string), c container) {
+	s := c.SecurityContext
+	fail(s.AllowPrivilegeEscalation == nil || *s.AllowPrivilegeEscalation, "may gain privileges")
+	fail(!s.ReadOnlyRootFilesystem, "can write to its root")
+	fail(!slices.Equal(s.Capabilities.Drop, []string{"ALL"}) || len(s.Capabilities.Add) > 0, "has capabilities")
+	limit, request := c.Resources.Limits["memory"], c.Resources.Requests["memory"]
+	fail(limit == "" || limit != request, "memory is not reserved up to its limit")
+	fail(c.Resources.Requests["cpu"] == "", "requests no CPU")
+	fail(c.Resources.Limits["cpu"] != "", "is throttled")
+	if c.Name != "redis" {
+		share := bytesOf(t, c.env("GOMEMLIMIT")) / bytesOf(t, limit)
+		fail(share < .85 || share > .95, fmt.Sprintf("GOMEMLIMIT is %.2f of the limit", share))
+	}
 }
 
 func cutLast(s, sep string) (before, after string, found bool) {
