@@ -90,11 +90,23 @@ func (a *authority) issue(dir string, names ...string) {
 	for name, block := range map[string]*pem.Block{
 		"tls.crt": {Type: "CERTIFICATE", Bytes: cert.Raw},
 		"tls.key": {Type: "PRIVATE KEY", Bytes: der},
-		"ca.crt":  {Type: "CERTIFICATE", Bytes: a.cert.Raw},
 	} {
 		if err := os.WriteFile(filepath.Join(dir, name), pem.EncodeToMemory(block), 0o600); err != nil {
 			a.t.Fatal(err)
 		}
+	}
+	trust(a.t, dir, a)
+}
+
+// trust writes a Secret's ca.crt.
+func trust(t *testing.T, dir string, cas ...*authority) {
+	t.Helper()
+	var bundle []byte
+	for _, ca := range cas {
+		bundle = append(bundle, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: ca.cert.Raw})...)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "ca.crt"), bundle, 0o600); err != nil {
+		t.Fatal(err)
 	}
 }
 
@@ -109,8 +121,8 @@ type shippedNATS struct {
 }
 
 type natsNode struct {
-	addr, cluster, conf string
-	cmd                 *exec.Cmd
+	addr, cluster, monitor, conf string
+	cmd                          *exec.Cmd
 }
 
 func newShippedNATS(t *testing.T) *shippedNATS {
@@ -127,13 +139,13 @@ func newShippedNATS(t *testing.T) *shippedNATS {
 	routes := []string{}
 	for i := range 3 {
 		name := fmt.Sprint("nats-", i)
-		n.nodes[name] = &natsNode{addr: streamstest.FreeAddr(t), cluster: streamstest.FreeAddr(t), conf: filepath.Join(n.dir, name+".conf")}
+		n.nodes[name] = &natsNode{addr: streamstest.FreeAddr(t), cluster: streamstest.FreeAddr(t), monitor: streamstest.FreeAddr(t), conf: filepath.Join(n.dir, name+".conf")}
 		routes = append(routes, name+".nats-headless:6222", localhost(n.nodes[name].cluster))
 	}
 	for name, node := range n.nodes {
 		conf := strings.NewReplacer(append(routes,
 			"$POD_NAME", name,
-			"0.0.0.0:4222", node.addr, "0.0.0.0:6222", node.cluster, "0.0.0.0:8222", streamstest.FreeAddr(t),
+			"0.0.0.0:4222", node.addr, "0.0.0.0:6222", node.cluster, "0.0.0.0:8222", node.monitor,
 			"/run/secrets/nats", filepath.Join(n.dir, "server"),
 			"/run/nats", n.dir, "nats.pid", name+".pid",
 			"/data", filepath.Join(n.dir, name),
