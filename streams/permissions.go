@@ -22,6 +22,9 @@ const (
 	// write to FP_AUDIT, which this user may not; but another client can read
 	// what this one masks.
 	UserOperator = "operator"
+	// UserBackup copies streams out, personal data included, and puts back those
+	// that are not there: the server restores over nothing.
+	UserBackup = "backup"
 )
 
 // Permissions is everything one NATS user may do; the server refuses the rest.
@@ -46,9 +49,18 @@ func AllPermissions() []Permissions {
 	admin.Publish = append(admin.Publish, "$KV.FP_REPLAYS.>", "$JS.API.STREAM.CREATE.KV_FP_REPLAYS", "$JS.API.DIRECT.GET.KV_FP_REPLAYS.>")
 	operator := Permissions{
 		User: UserOperator, Publish: []string{"$JS.API.INFO", "$JS.API.STREAM.NAMES", "$JS.API.STREAM.LIST"},
-		// It runs streamctl, which has one inbox prefix for all its users.
+		// It runs streamctl, which has one inbox prefix for all its users. What
+		// it could overhear there it may read itself.
 		Subscribe: []string{"$JS.EVENT.ADVISORY.>", inbox(UserStreamctl)},
 	}
+	backup := Permissions{User: UserBackup, Publish: []string{"$JS.API.INFO", "$JS.API.STREAM.NAMES", "$JS.API.STREAM.LIST"}}
+	copies := func(stream string) {
+		for _, subject := range []string{"$JS.API.STREAM.INFO.", "$JS.API.STREAM.SNAPSHOT.", "$JS.API.STREAM.RESTORE."} {
+			backup.Publish = append(backup.Publish, subject+stream)
+		}
+		backup.Publish = append(backup.Publish, "$JS.SNAPSHOT.ACK."+stream+".>", "$JS.SNAPSHOT.RESTORE."+stream+".>")
+	}
+	copies("KV_FP_REPLAYS")
 	for _, p := range []*Permissions{&admin, &operator} {
 		p.Publish = append(p.Publish, "$JS.API.STREAM.INFO.KV_FP_REPLAYS", "$JS.API.DIRECT.GET.KV_FP_REPLAYS",
 			"$SYS.REQ.USER.INFO") // who am I, for the audit
@@ -67,6 +79,7 @@ func AllPermissions() []Permissions {
 			}
 		}
 		api(&exporter, "STREAM.INFO", "DIRECT.GET")
+		copies(stream)
 		api(&admin, "STREAM.INFO", "STREAM.CREATE", "STREAM.UPDATE", "STREAM.MSG.GET", "DIRECT.GET", "DIRECT.GET.%s.>",
 			"CONSUMER.NAMES", "CONSUMER.LIST", "CONSUMER.INFO.%s.*", "CONSUMER.CREATE.%s.>", "CONSUMER.DURABLE.CREATE.%s.*",
 			"CONSUMER.DELETE.%s.*", "CONSUMER.MSG.NEXT.%s.*")
@@ -109,7 +122,7 @@ func AllPermissions() []Permissions {
 			api(&admin, "CONSUMER.PAUSE.%s."+c.Durable)
 		}
 	}
-	all := []Permissions{ingest, prefetcher, persister, exporter, admin, operator}
+	all := []Permissions{ingest, prefetcher, persister, exporter, admin, operator, backup}
 	for i := range all {
 		p := &all[i]
 		p.Subscribe = append(p.Subscribe, inbox(p.User))

@@ -137,8 +137,9 @@ func TestShippedPermissionsRefuseTheRest(t *testing.T) {
 		inboxes = append(inboxes, "_INBOX_"+p.User+".>")
 	}
 	readAll := []string{">", "fp.>", "fp.ingest.*", "fp.enriched.*", "fp.dead.*.*", "$SYS.>", "$JS.API.>", "$JS.ACK.>", "_INBOX.>"}
+	copies := []string{"$JS.API.STREAM.SNAPSHOT.FP_INGEST", "$JS.API.STREAM.RESTORE.FP_INGEST"}
 	destroy := []string{
-		"$JS.API.STREAM.DELETE.FP_INGEST", "$JS.API.STREAM.CREATE.OTHER", "$JS.API.STREAM.SNAPSHOT.FP_INGEST", "$JS.API.STREAM.RESTORE.FP_INGEST",
+		"$JS.API.STREAM.DELETE.FP_INGEST", "$JS.API.STREAM.CREATE.OTHER", "$JS.API.STREAM.SNAPSHOT.OTHER", "$JS.API.STREAM.RESTORE.OTHER",
 		"$JS.API.STREAM.PEER.REMOVE.FP_INGEST", "$JS.API.ACCOUNT.PURGE.$G", "$JS.API.META.LEADER.STEPDOWN", "$JS.API.SERVER.REMOVE",
 		"$SYS.REQ.SERVER.PING", "$SYS.REQ.ACCOUNT.$G.CONNZ",
 	}
@@ -155,12 +156,13 @@ func TestShippedPermissionsRefuseTheRest(t *testing.T) {
 	read := []string{"$JS.API.DIRECT.GET.FP_INGEST", "$JS.API.DIRECT.GET.FP_ENRICHED", "$JS.API.DIRECT.GET.FP_DEAD"}
 
 	refused := map[string][]string{
-		streams.UserIngest:      slices.Concat(destroy, administer, purge, enrich, asPrefetcher, asPersister, read),
-		streams.StagePrefetcher: slices.Concat(destroy, administer, purge, ingestOthers, asPersister, read[1:]),
-		streams.StagePersister:  slices.Concat(destroy, administer, purge, ingestOthers, enrich, asPrefetcher, read[2:]),
-		streams.UserExporter:    slices.Concat(destroy, administer, ingestOthers, enrich, asPrefetcher, asPersister),
-		streams.UserStreamctl:   slices.Concat(destroy, ingestOthers, enrich, asPrefetcher[1:], asPersister[1:]),
-		streams.UserOperator:    slices.Concat(destroy, administer, purge, ingestOthers, enrich, asPrefetcher, asPersister),
+		streams.UserIngest:      slices.Concat(copies, destroy, administer, purge, enrich, asPrefetcher, asPersister, read),
+		streams.StagePrefetcher: slices.Concat(copies, destroy, administer, purge, ingestOthers, asPersister, read[1:]),
+		streams.StagePersister:  slices.Concat(copies, destroy, administer, purge, ingestOthers, enrich, asPrefetcher, read[2:]),
+		streams.UserExporter:    slices.Concat(copies, destroy, administer, ingestOthers, enrich, asPrefetcher, asPersister),
+		streams.UserStreamctl:   slices.Concat(copies, destroy, ingestOthers, enrich, asPrefetcher[1:], asPersister[1:]),
+		streams.UserOperator:    slices.Concat(copies, destroy, administer, purge, ingestOthers, enrich, asPrefetcher, asPersister),
+		streams.UserBackup:      slices.Concat(destroy, administer, purge, ingestOthers, enrich, asPrefetcher, asPersister, read),
 	}
 	for _, p := range streams.AllPermissions() {
 		user := p.User
