@@ -13,7 +13,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"strings"
 	"testing"
 	"time"
 
@@ -23,39 +22,11 @@ import (
 	"github.com/idenza/fingerprint-prefetch/streams/streamstest"
 )
 
-// cluster starts three redis-servers as one Redis Cluster and returns the URL
-// that names them all.
-func cluster(t *testing.T) (nodes []*streamstest.Redis, url string) {
-	t.Helper()
-	create := []string{"--cluster", "create"}
-	for range 3 {
-		// The nodes talk to each other on a port of their own.
-		_, bus, _ := net.SplitHostPort(streamstest.FreeAddr(t))
-		n := streamstest.NewRedis(t, "--cluster-enabled", "yes", "--cluster-port", bus, "--cluster-node-timeout", "2000")
-		nodes, create = append(nodes, n), append(create, n.Addr)
-	}
-	run(t, "redis-cli", append(create, "--cluster-replicas", "0", "--cluster-yes")...)
-	url = "redis://" + nodes[0].Addr + "?addr=" + nodes[1].Addr + "&addr=" + nodes[2].Addr
-	rdb := client(t, url)
-	streamstest.Eventually(t, "the cluster to be up", func() bool {
-		for _, n := range nodes {
-			c := redis.NewClient(&redis.Options{Addr: n.Addr})
-			info, err := c.ClusterInfo(t.Context()).Result()
-			c.Close()
-			if err != nil || !strings.Contains(info, "cluster_state:ok") {
-				return false
-			}
-		}
-		return rdb.Ping(t.Context()).Err() == nil
-	})
-	return nodes, url
-}
-
 // A batch is split by slot, moved slots are followed, and a node that is away
 // holds the stage until it is back.
 func TestRedisCluster(t *testing.T) {
 	t.Parallel()
-	nodes, url := cluster(t)
+	nodes, url := streamstest.NewRedisCluster(t)
 	r := start(t, nodes[0], "REDIS_URL="+url)
 	r.rdb = client(t, url)
 	batch := func(name string) (recs []record.Record) {

@@ -14,8 +14,10 @@ import (
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
+	"github.com/redis/go-redis/v9"
 
 	"github.com/idenza/fingerprint-prefetch/streams"
+	"github.com/idenza/fingerprint-prefetch/streams/record"
 	"github.com/idenza/fingerprint-prefetch/streams/redisclient"
 	"github.com/idenza/fingerprint-prefetch/streams/streamstest"
 )
@@ -62,7 +64,7 @@ func (b *bench) holds(text string) (places []string) {
 			b.t.Fatal(err)
 		}
 	}
-	rdb, err := redisclient.New(b.redis.URL())
+	rdb, err := redisclient.New(b.redisURL)
 	if err != nil {
 		b.t.Fatal(err)
 	}
@@ -166,6 +168,64 @@ func TestErase(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// In a cluster each node knows its own keys alone. A node that does not answer
+// is an error, and not a few records less.
+func TestEraseOnACluster(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	nodes, url := streamstest.NewRedisCluster(t)
+	b.redisURL = url
+	now := time.Now()
+	const each = 50
+	for i := range each {
+		mine, neighbour := event(fmt.Sprint("mine-", i)), event(fmt.Sprint("neighbour-", i))
+		neighbour.UserID = "neighbour@example.com"
+		b.record(ready(mine, now), time.Hour)
+		b.record(ready(neighbour, now), time.Hour)
+	}
+	onNodes := func(id string) (counts []int) {
+		for _, n := range nodes {
+			c := redis.NewClient(&redis.Options{Addr: n.Addr})
+			keys, err := c.Keys(t.Context(), record.Key(id)+"*").Result()
+			c.Close()
+			if err != nil {
+				t.Fatal(err)
+			}
+			counts = append(counts, len(keys))
+		}
+		return counts
+	}
+	if n := onNodes("mine"); slices.Min(n) == 0 || n[0]+n[1]+n[2] != each {
+		t.Fatalf("the nodes hold %v records", n)
+	}
+	erased := func(args ...string) (int, erasure) {
+		code, out, errs := b.run(append([]string{"erase", "--user-id", email, "--json"}, args...)...)
+		var got erasure
+		if err := json.Unmarshal([]byte(out), &got); err != nil {
+			t.Fatalf("exit %d, %v, %s", code, err, errs)
+		}
+		return code, got
+	}
+	if code, got := erased("--dry-run"); code != exitDone || got.Records != each || got.Events != each {
+		t.Errorf("dry run: exit %d, %+v", code, got)
+	}
+	nodes[2].Freeze()
+	if code, out, errs := b.run("erase", "--user-id", email, "--json", "--dry-run"); code != exitFailed || out != "" || !strings.Contains(errs, "cluster") {
+		t.Errorf("with a node frozen: exit %d, %s%s", code, out, errs)
+	}
+	nodes[2].Thaw()
+	streamstest.Eventually(t, "the cluster to be whole again", func() bool {
+		code, _, _ := b.run("erase", "--user-id", email, "--dry-run")
+		return code == exitDone
+	})
+	if code, got := erased(); code != exitDone || got.Records != each || got.Events != each || got.Left != "" {
+		t.Errorf("exit %d, %+v", code, got)
+	}
+	if mine, neighbour := onNodes("mine"), onNodes("neighbour"); slices.Max(mine) != 0 || neighbour[0]+neighbour[1]+neighbour[2] != each {
+		t.Errorf("the nodes hold %v of the user's records and %v of the neighbour's", mine, neighbour)
 	}
 }
 

@@ -23,18 +23,18 @@ const email = "planted@example.com"
 
 // bench is a server, a Redis and the ways to put things there.
 type bench struct {
-	t     *testing.T
-	n     *streamstest.NATS
-	conn  *streams.Conn
-	js    jetstream.JetStream
-	redis *streamstest.Redis
+	t        *testing.T
+	n        *streamstest.NATS
+	conn     *streams.Conn
+	js       jetstream.JetStream
+	redisURL string
 }
 
 func newBench(t *testing.T) *bench {
 	t.Helper()
 	n := streamstest.NewNATS(t)
 	conn := n.Connect("test")
-	return &bench{t, n, conn, conn.JS, streamstest.NewRedis(t)}
+	return &bench{t, n, conn, conn.JS, streamstest.NewRedis(t).URL()}
 }
 
 func (b *bench) run(args ...string) (code int, stdout, stderr string) {
@@ -46,7 +46,7 @@ func (b *bench) run(args ...string) (code int, stdout, stderr string) {
 func (b *bench) answer(stdin string, args ...string) (code int, stdout, stderr string) {
 	b.t.Helper()
 	var out, errs bytes.Buffer
-	env := map[string]string{"NATS_URL": b.n.URL, "REDIS_URL": b.redis.URL()}
+	env := map[string]string{"NATS_URL": b.n.URL, "REDIS_URL": b.redisURL}
 	code = run(b.t.Context(), args, func(name string) string { return env[name] }, strings.NewReader(stdin), &out, &errs)
 	return code, out.String(), errs.String()
 }
@@ -114,7 +114,7 @@ func (b *bench) finish(stream, durable string, n int) {
 
 func (b *bench) record(r record.Record, ttl time.Duration) {
 	b.t.Helper()
-	c, err := redisclient.New(b.redis.URL())
+	c, err := redisclient.New(b.redisURL)
 	if err != nil {
 		b.t.Fatal(err)
 	}

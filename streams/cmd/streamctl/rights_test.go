@@ -50,14 +50,14 @@ func guarded(t *testing.T, users string) (b *bench, url func(user string) string
 	}
 	t.Cleanup(conn.Close)
 	streamstest.Eventually(t, "connection", conn.NC.IsConnected)
-	return &bench{t, nil, conn, conn.JS, streamstest.NewRedis(t)}, url
+	return &bench{t, nil, conn, conn.JS, streamstest.NewRedis(t).URL()}, url
 }
 
 // as runs streamctl as one of the server's users.
 func (b *bench) as(url string, args ...string) (code int, output string) {
 	b.t.Helper()
 	var out bytes.Buffer
-	env := map[string]string{"NATS_URL": url, "REDIS_URL": b.redis.URL()}
+	env := map[string]string{"NATS_URL": url, "REDIS_URL": b.redisURL}
 	code = run(b.t.Context(), args, func(name string) string { return env[name] }, strings.NewReader(""), &out, &out)
 	return code, out.String()
 }

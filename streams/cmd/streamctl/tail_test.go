@@ -130,7 +130,7 @@ func TestStatusShowsQuotaAndReplays(t *testing.T) {
 	if _, out, errs := b.run("status"); !strings.Contains(out, "vendor's quota: not used") || strings.Contains(out, "UNFINISHED") {
 		t.Errorf("%s%s", out, errs)
 	}
-	rdb, err := redisclient.New(b.redis.URL())
+	rdb, err := redisclient.New(b.redisURL)
 	if err != nil {
 		t.Fatal(err)
 	}
