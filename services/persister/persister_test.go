@@ -1,6 +1,7 @@
 package persister
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -9,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go/jetstream"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/redis/go-redis/v9"
 
@@ -217,6 +219,35 @@ func (r *running) eventually(id string, want record.Status) {
 	streamstest.Eventually(r.t, fmt.Sprintf("%s to be %s", id, want), func() bool { return r.status(id) == want })
 }
 
+// right waits until Redis holds these records, to the byte.
+func (r *running) right(recs ...record.Record) {
+	r.t.Helper()
+	for _, want := range recs {
+		body, err := want.Encode()
+		if err != nil {
+			r.t.Fatal(err)
+		}
+		streamstest.Eventually(r.t, "the record of "+want.RequestID, func() bool {
+			got, err := r.rdb.Get(r.t.Context(), record.Key(want.RequestID)).Bytes()
+			return err == nil && bytes.Equal(got, body)
+		})
+	}
+}
+
+// message returns what FP_ENRICHED has under a sequence.
+func (r *running) message(seq int) *jetstream.RawStreamMsg {
+	r.t.Helper()
+	st, err := r.conn.JS.Stream(r.t.Context(), streams.StreamEnriched)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	m, err := st.GetMsg(r.t.Context(), uint64(seq))
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return m
+}
+
 func (r *running) deadReasons() []string {
 	r.t.Helper()
 	st, err := r.conn.JS.Stream(r.t.Context(), streams.StreamDead)
@@ -339,6 +370,53 @@ func TestRedisFaultHoldsAndRecovers(t *testing.T) {
 			streamstest.Eventually(t, "ready again", func() bool { return r.proc.Health.Err() == nil })
 		})
 	}
+}
+
+// Redis hangs for longer than AckWait while events keep coming. What is in hand
+// is kept alive, so that nothing is even delivered twice.
+func TestRedisFrozenPastAckWait(t *testing.T) {
+	t.Parallel()
+	r := start(t, streamstest.NewRedis(t))
+	var all []record.Record
+	publish := func() {
+		status := []record.Status{record.Ready, record.NotFound, record.Failed}[len(all)%3]
+		next := rec(fmt.Sprint("id-", len(all)), 1, status, 0)
+		r.enriched(next)
+		all = append(all, next)
+	}
+	for range 100 {
+		publish()
+	}
+	r.right(all...)
+	r.redis.Freeze()
+	pace := time.NewTicker(20 * time.Millisecond)
+	defer pace.Stop()
+	for since := time.Now(); time.Since(since) < streams.AckWait+2*time.Second; <-pace.C {
+		publish()
+	}
+	if err := r.proc.Health.Err(); !holding(r) || err == nil || !strings.Contains(err.Error(), "redis") {
+		t.Errorf("holds %v, readiness says %v", holding(r), err)
+	}
+	r.redis.Thaw()
+	since := time.Now()
+	r.right(all...)
+	took := time.Since(since)
+	if took > 20*time.Second {
+		t.Errorf("all records are there %v after Redis went on", took)
+	}
+	r.settled()
+	if got := r.deadReasons(); len(got) != 0 {
+		t.Errorf("dead letters %v", got)
+	}
+	c, err := r.conn.JS.Consumer(t.Context(), streams.StreamEnriched, streams.DurablePersister)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := c.CachedInfo().Delivered.Consumer; n != uint64(len(all)) {
+		t.Errorf("%d deliveries of %d messages", n, len(all))
+	}
+	streamstest.Eventually(t, "ready again", func() bool { return r.proc.Health.Err() == nil })
+	t.Logf("the records of %d events were there after %v", len(all), took)
 }
 
 func holding(r *running) bool {

@@ -5,12 +5,14 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
-	"github.com/idenza/fingerprint-prefetch/streams"
+	"github.com/redis/go-redis/v9"
+
 	"github.com/idenza/fingerprint-prefetch/streams/record"
 	"github.com/idenza/fingerprint-prefetch/streams/streamstest"
 )
@@ -210,26 +212,68 @@ func TestRedisReplicaPromoted(t *testing.T) {
 	r.eventually("during", record.Ready)
 	r.settled()
 
-	st, err := r.conn.JS.Stream(t.Context(), streams.StreamEnriched)
-	if err != nil {
-		t.Fatal(err)
-	}
-	m, err := st.GetMsg(t.Context(), 1)
-	if err != nil {
-		t.Fatal(err)
-	}
-	r.replay(m)
+	r.replay(r.message(1))
 	r.eventually("lost", record.Ready)
 	if got := r.deadReasons(); len(got) != 0 {
 		t.Errorf("dead letters %v", got)
 	}
 }
 
-// redirect leads new connections elsewhere and closes the old ones.
-func (p *proxy) redirect(target string) {
+// The primary changes places with its replica by hand. The address leads to the
+// new one, as a DNS name would, but connections to the old one stay open: they
+// must be given up, since all it says is that it cannot be written to.
+func TestRedisSwitchover(t *testing.T) {
+	t.Parallel()
+	primary, replica := streamstest.NewRedis(t), streamstest.NewRedis(t)
+	old, promoted := client(t, primary.URL()), client(t, replica.URL())
+	replicaOf := func(c redis.UniversalClient, of *streamstest.Redis) {
+		host, port, _ := net.SplitHostPort(of.Addr)
+		if err := c.SlaveOf(t.Context(), host, port).Err(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	replicaOf(promoted, primary)
+	p := newProxy(t, primary.Addr)
+	r := start(t, primary, "REDIS_URL=redis://"+p.addr+"/0")
+	batch := func(name string) (recs []record.Record) {
+		for i := range 50 {
+			recs = append(recs, rec(fmt.Sprint(name, "-", i), 1, record.Ready, 0))
+		}
+		r.enriched(recs...)
+		return recs
+	}
+	before := batch("before")
+	r.right(before...)
+	replicated(t, primary)
+
+	if err := promoted.SlaveOf(t.Context(), "NO", "ONE").Err(); err != nil {
+		t.Fatal(err)
+	}
+	replicaOf(old, replica)
+	during := batch("during")
+	streamstest.Eventually(t, "the stage to hold", func() bool { return holding(r) })
+	p.lead(replica.Addr)
+	after := batch("after")
+	r.rdb = promoted
+	r.right(slices.Concat(before, during, after)...)
+	r.settled()
+	if got := r.deadReasons(); len(got) != 0 {
+		t.Errorf("dead letters %v", got)
+	}
+}
+
+// lead leads new connections elsewhere.
+func (p *proxy) lead(target string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.target = target
+}
+
+// redirect leads new connections elsewhere and closes the old ones.
+func (p *proxy) redirect(target string) {
+	p.lead(target)
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	for c := range p.conns {
 		c.Close()
 	}

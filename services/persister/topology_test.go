@@ -77,6 +77,104 @@ func TestRedisCluster(t *testing.T) {
 	}
 }
 
+// The sentinels promote the replica when the primary dies or hangs. What was
+// replicated before stays, what comes later is written to the new primary, and
+// what Redis acknowledged and lost in between is written again by a replay.
+func TestSentinelFailover(t *testing.T) {
+	t.Parallel()
+	for name, fault := range map[string]struct{ begin, end func(*streamstest.Redis) }{
+		"killed": {(*streamstest.Redis).Kill, (*streamstest.Redis).Start}, // it comes back empty
+		"frozen": {(*streamstest.Redis).Freeze, (*streamstest.Redis).Thaw},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			primary := streamstest.NewRedis(t)
+			replica, url := streamstest.NewSentinels(t, primary)
+			r := start(t, primary, "REDIS_URL="+url)
+			r.rdb = client(t, url)
+			promoted := client(t, replica.URL())
+			published := 0
+			publish := func() record.Record {
+				published++
+				next := rec(fmt.Sprint("id-", published), 1, record.Ready, 0)
+				r.enriched(next)
+				return next
+			}
+			batch := func() (recs []record.Record) {
+				for range 100 {
+					recs = append(recs, publish())
+				}
+				return recs
+			}
+
+			before := batch()
+			r.right(before...)
+			replicated(t, primary)
+			around := batch() // their writes are under way
+			fault.begin(primary)
+			var after []record.Record
+			pace := time.NewTicker(10 * time.Millisecond)
+			defer pace.Stop()
+			for role(t, promoted) != "master" {
+				after = append(after, publish())
+				<-pace.C
+			}
+			since := time.Now()
+			after = append(after, batch()...)
+			r.right(after...)
+			took := time.Since(since)
+			if took > 20*time.Second {
+				t.Errorf("all records are there %v after the promotion", took)
+			}
+			r.settled()
+			r.right(before...)
+
+			// What is left of the old primary must not be written to.
+			fault.end(primary)
+			old := client(t, primary.URL())
+			streamstest.Eventually(t, "the old primary to follow", func() bool { return role(t, old) == "slave" })
+			later := batch()
+			r.right(later...)
+
+			lost := 0
+			for i, want := range around {
+				if r.status(want.RequestID) == "" {
+					lost++
+					r.replay(r.message(len(before) + i + 1))
+				}
+			}
+			r.right(around...)
+			if got := r.deadReasons(); len(got) != 0 {
+				t.Errorf("dead letters %v", got)
+			}
+			t.Logf("the records of %d events after the fault were there %v after the promotion; Redis lost %d of the %d before", len(after), took, lost, len(around))
+		})
+	}
+}
+
+// replicated waits until the replica of rds has all that was written so far.
+func replicated(t *testing.T, rds *streamstest.Redis) {
+	t.Helper()
+	c := redis.NewClient(&redis.Options{Addr: rds.Addr, PoolSize: 1})
+	defer c.Close()
+	conn := c.Conn() // WAIT is about the writes of its own connection, and all before
+	defer conn.Close()
+	if err := conn.Set(t.Context(), "marker", "", 0).Err(); err != nil {
+		t.Fatal(err)
+	}
+	streamstest.Eventually(t, "replication", func() bool { return conn.Wait(t.Context(), 1, time.Second).Val() == 1 })
+}
+
+// role is what a server says it is: master or slave.
+func role(t *testing.T, rdb redis.UniversalClient) string {
+	t.Helper()
+	v, err := rdb.Do(t.Context(), "ROLE").Slice()
+	if err != nil {
+		return err.Error()
+	}
+	return fmt.Sprint(v[0])
+}
+
 // The account may touch the pipeline's keys and nothing else, over TLS.
 func TestRedisWithTLSAndACL(t *testing.T) {
 	t.Parallel()

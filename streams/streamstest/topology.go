@@ -54,7 +54,7 @@ func NewSentinels(t testing.TB, primary *Redis) (replica *Redis, url string) {
 		dir := t.TempDir()
 		file := filepath.Join(dir, "sentinel.conf") // a sentinel keeps its state there
 		conf := fmt.Sprintf("port %s\nbind 127.0.0.1\ndir %s\nloglevel warning\n"+
-			"sentinel monitor main %s %s 2\nsentinel down-after-milliseconds main 1000\nsentinel failover-timeout main 5000\n", own, dir, host, port)
+			"sentinel monitor main %s %s 2\nsentinel down-after-milliseconds main 2000\nsentinel failover-timeout main 5000\n", own, dir, host, port)
 		if err := os.WriteFile(file, []byte(conf), 0o600); err != nil {
 			t.Fatal(err)
 		}
