@@ -33,8 +33,9 @@ type running struct {
 
 	settings map[string]string
 
-	read uint64 // of FP_ENRICHED
-	ends map[string]record.Record
+	read  uint64 // of FP_ENRICHED
+	ends  map[string]record.Record
+	waits map[string]time.Duration // from acceptance to the end, by the server's clock
 }
 
 func start(t *testing.T, o fingerprintsim.Options, env map[string]string) *running {
@@ -46,7 +47,7 @@ func start(t *testing.T, o fingerprintsim.Options, env map[string]string) *runni
 	t.Cleanup(srv.Close)
 	r := &running{
 		t: t, nats: n, conn: c, sim: sim, pub: streams.NewPublisher(c.JS, prometheus.NewRegistry()),
-		proc: ops.NewProcessLogger("prefetcher", streamstest.Logger(t)), ends: map[string]record.Record{},
+		proc: ops.NewProcessLogger("prefetcher", streamstest.Logger(t)), ends: map[string]record.Record{}, waits: map[string]time.Duration{},
 	}
 	settings := map[string]string{
 		"NATS_URL": n.URL, "FINGERPRINT_BASE_URL": srv.URL, "FINGERPRINT_API_KEY": "key", "FINGERPRINT_RATE_LIMIT": "0", "FINGERPRINT_TIMEOUT": "1s",
@@ -87,9 +88,11 @@ func (r *running) acceptFrom(subscriber int64, ids ...string) {
 		if err != nil {
 			r.t.Fatal(err)
 		}
-		if _, err := r.pub.Publish(r.t.Context(), streams.Message{Stream: streams.StreamIngest, Subject: streams.IngestSubject(subscriber), ID: e.MessageID(), Body: body}); err != nil {
-			r.t.Fatal(err)
-		}
+		// On a busy machine an ack may be late; a repeat is stored once.
+		streamstest.Eventually(r.t, "the stream to have "+id, func() bool {
+			_, err := r.pub.Publish(r.t.Context(), streams.Message{Stream: streams.StreamIngest, Subject: streams.IngestSubject(subscriber), ID: e.MessageID(), Body: body})
+			return err == nil
+		})
 	}
 }
 
@@ -119,7 +122,7 @@ func (r *running) update() {
 		if _, twice := r.ends[rec.RequestID]; twice {
 			r.t.Errorf("%s ended twice", rec.RequestID)
 		}
-		r.ends[rec.RequestID] = rec
+		r.ends[rec.RequestID], r.waits[rec.RequestID] = rec, m.Time.Sub(rec.AcceptedAt.Time)
 	}
 }
 
