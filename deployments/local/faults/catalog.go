@@ -35,6 +35,9 @@ type fault struct {
 	min, max time.Duration
 	// before keeps it to the first part of a mix; 0 is any time.
 	before float64
+	// gap is how long there may be no 202 because of it, and back how long
+	// after it was mended where nothing can be accepted before.
+	gap, back time.Duration
 	// steady is what must go on while it is kept up; 0 means that it is
 	// nothing that can be kept up.
 	steady flow
@@ -53,8 +56,22 @@ func catalog() []fault {
 	all = append(all, redisFaults()...)
 	all = append(all, vendorFaults()...)
 	all = append(all, linkFaults()...)
-	return append(all, otherFaults()...)
+	all = append(all, otherFaults()...)
+	for i, f := range all {
+		if f.gap == 0 && f.back == 0 {
+			all[i].gap = gapLimit
+		}
+	}
+	return all
 }
+
+// How long clients may be without a 202. One part of two or an outage behind
+// the stream must not be felt at the edge; NATS needs time to elect a leader.
+const (
+	gapLimit    = 500 * time.Millisecond
+	leaderLimit = 10 * time.Second
+	backLimit   = 15 * time.Second // after all of NATS is back
+)
 
 // sec is short for lengths of faults.
 func sec(s float64) time.Duration { return time.Duration(s * float64(time.Second)) }
@@ -84,12 +101,14 @@ func processFaults() (all []fault) {
 				return name, func(context.Context) error { s.procs[name].signal(syscall.SIGCONT); return nil }, nil
 			},
 		}, fault{
-			name: "roll-" + stage, doc: "rolling SIGTERM of both, as a new version is rolled out", part: stage, min: sec(4), max: sec(6),
+			name: "roll-" + stage, doc: "rolling SIGTERM of both, as a new version is rolled out; with --old-bin new becomes old and old new", part: stage, min: sec(4), max: sec(6),
 			begin: func(ctx context.Context, s *system, _ uint64) (string, func(context.Context) error, error) {
 				for i := range replicas {
 					name := fmt.Sprintf("%s-%d", stage, i+1)
 					limit, cancel := context.WithTimeout(context.WithoutCancel(ctx), 25*time.Second)
+					s.answers(limit, name)
 					err := s.procs[name].terminate(limit)
+					s.procs[name].swap()
 					if err == nil {
 						err = s.procs[name].start()
 					}
@@ -194,7 +213,7 @@ func natsFaults() []fault {
 		return i, err
 	}
 	return []fault{{
-		name: "kill-nats-leader", doc: "kill -9 of the node that leads FP_INGEST or FP_ENRICHED", part: "nats", min: sec(2), max: sec(8), steady: everything,
+		name: "kill-nats-leader", doc: "kill -9 of the node that leads FP_INGEST or FP_ENRICHED", part: "nats", min: sec(2), max: sec(8), gap: leaderLimit, steady: everything,
 		begin: func(ctx context.Context, s *system, pick uint64) (string, func(context.Context) error, error) {
 			i, err := leader(ctx, s, pick)
 			if err != nil {
@@ -203,7 +222,7 @@ func natsFaults() []fault {
 			return kill(s, i)
 		},
 	}, {
-		name: "freeze-nats-leader", doc: "SIGSTOP of that node", part: "nats", min: sec(3), max: sec(10), steady: everything,
+		name: "freeze-nats-leader", doc: "SIGSTOP of that node", part: "nats", min: sec(3), max: sec(10), gap: leaderLimit, steady: everything,
 		begin: func(ctx context.Context, s *system, pick uint64) (string, func(context.Context) error, error) {
 			i, err := leader(ctx, s, pick)
 			if err != nil {
@@ -212,12 +231,12 @@ func natsFaults() []fault {
 			return freeze(s, i)
 		},
 	}, {
-		name: "kill-nats-any", doc: "kill -9 of any node", part: "nats", min: sec(1), max: sec(6),
+		name: "kill-nats-any", doc: "kill -9 of any node", part: "nats", min: sec(1), max: sec(6), gap: leaderLimit,
 		begin: func(_ context.Context, s *system, pick uint64) (string, func(context.Context) error, error) {
 			return kill(s, int(pick%nodes))
 		},
 	}, {
-		name: "kill-nats-all", doc: "kill -9 of all three nodes at once", part: "nats", min: sec(0.5), max: sec(5), steady: refuses,
+		name: "kill-nats-all", doc: "kill -9 of all three nodes at once", part: "nats", min: sec(0.5), max: sec(5), back: backLimit, steady: refuses,
 		begin: func(_ context.Context, s *system, _ uint64) (string, func(context.Context) error, error) {
 			for i := range nodes {
 				s.procs[natsNode(i)].signal(syscall.SIGKILL)
@@ -234,7 +253,7 @@ func natsFaults() []fault {
 			}, nil
 		},
 	}, {
-		name: "roll-nats", doc: "rolling SIGTERM of the nodes, each back and healthy before the next", part: "nats", min: sec(6), max: sec(8),
+		name: "roll-nats", doc: "rolling SIGTERM of the nodes, each back and healthy before the next", part: "nats", min: sec(6), max: sec(8), gap: leaderLimit,
 		begin: func(ctx context.Context, s *system, _ uint64) (string, func(context.Context) error, error) {
 			for i := range nodes {
 				name := natsNode(i)
@@ -254,7 +273,7 @@ func natsFaults() []fault {
 			return "all nodes", func(context.Context) error { return nil }, nil
 		},
 	}, {
-		name: "nats-disk-full", doc: "no room left for one node's streams; the node is restarted once there is", part: "nats", min: sec(4), max: sec(10), steady: everything,
+		name: "nats-disk-full", doc: "no room left for one node's streams; the node is restarted once there is", part: "nats", min: sec(4), max: sec(10), gap: leaderLimit, steady: everything,
 		needs: func(s *system) error { return s.full.err },
 		begin: func(_ context.Context, s *system, _ uint64) (string, func(context.Context) error, error) {
 			name := natsNode(fullNode)
@@ -481,7 +500,7 @@ func linkFaults() (all []fault) {
 		})
 	}
 	return append(all, fault{
-		name: "stall-nats", doc: "nothing passes and nothing is closed between any service and NATS", part: "nats", min: sec(2), max: sec(7), steady: refuses,
+		name: "stall-nats", doc: "nothing passes and nothing is closed between any service and NATS", part: "nats", min: sec(2), max: sec(7), back: backLimit, steady: refuses,
 		begin: func(_ context.Context, s *system, _ uint64) (string, func(context.Context) error, error) {
 			return "all services to NATS", s.spoil(s.linksOf("", "nats"), trouble{Stall: true}), nil
 		},

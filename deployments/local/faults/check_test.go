@@ -5,6 +5,7 @@ package faults
 import (
 	"maps"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -230,6 +231,76 @@ func TestLongestGap(t *testing.T) {
 	}
 }
 
+// Gaps are planted in a history with a 202 every 50 ms, and judged by the
+// faults of their time.
+func TestGapsAreJudgedByTheirFaults(t *testing.T) {
+	t.Parallel()
+	s := func(n float64) time.Time { return t0.Add(sec(n)) }
+	type up struct {
+		name     string
+		from, to float64
+	}
+	type gap struct{ from, to float64 }
+	for name, tt := range map[string]struct {
+		faults []up
+		gaps   []gap
+		over   []string // the faults of each gap that is too long
+		marked []string
+	}{
+		"nothing":                      {faults: []up{{"kill-edge", 10, 12}}},
+		"an edge, just felt":           {faults: []up{{"kill-edge", 10, 12}}, gaps: []gap{{10, 10.45}}},
+		"an edge, too long":            {faults: []up{{"kill-edge", 10, 12}}, gaps: []gap{{10, 10.6}}, over: []string{"kill-edge"}, marked: []string{"kill-edge"}},
+		"Redis, too long":              {faults: []up{{"kill-redis", 10, 12}}, gaps: []gap{{11, 13}}, over: []string{"kill-redis"}, marked: []string{"kill-redis"}},
+		"the vendor, too long":         {faults: []up{{"vendor-503", 10, 12}}, gaps: []gap{{11, 11.7}}, over: []string{"vendor-503"}, marked: []string{"vendor-503"}},
+		"a prefetcher after its end":   {faults: []up{{"kill-prefetcher", 10, 12}}, gaps: []gap{{12.5, 13.5}}, over: []string{"kill-prefetcher"}, marked: []string{"kill-prefetcher"}},
+		"long before and after":        {faults: []up{{"kill-edge", 10, 12}}, gaps: []gap{{5, 7}, {30, 32}}},
+		"a leader, felt":               {faults: []up{{"kill-nats-leader", 10, 15}}, gaps: []gap{{10, 19}}},
+		"a leader, too long":           {faults: []up{{"kill-nats-leader", 10, 15}}, gaps: []gap{{10, 20.5}}, over: []string{"kill-nats-leader"}, marked: []string{"kill-nats-leader"}},
+		"all of NATS":                  {faults: []up{{"kill-nats-all", 10, 40}}, gaps: []gap{{10, 54}}},
+		"all of NATS, twice":           {faults: []up{{"kill-nats-all", 10, 40}}, gaps: []gap{{10, 47}, {47.5, 54}}},
+		"all of NATS, too long":        {faults: []up{{"kill-nats-all", 10, 40}}, gaps: []gap{{10, 55.5}}, over: []string{"kill-nats-all"}, marked: []string{"kill-nats-all"}},
+		"stalled, not back at once":    {faults: []up{{"stall-nats", 10, 15}}, gaps: []gap{{10, 31}}, over: []string{"stall-nats"}, marked: []string{"stall-nats"}},
+		"an edge while NATS is away":   {faults: []up{{"kill-edge", 12, 14}, {"kill-nats-all", 10, 15}}, gaps: []gap{{10, 25}}},
+		"an edge while a leader goes":  {faults: []up{{"kill-edge", 12, 14}, {"kill-nats-leader", 10, 15}}, gaps: []gap{{13, 18}}},
+		"an edge and Redis":            {faults: []up{{"kill-edge", 10, 14}, {"kill-redis", 11, 15}}, gaps: []gap{{12, 13}}, over: []string{"kill-edge kill-redis"}, marked: []string{"kill-edge", "kill-redis"}},
+		"two gaps, one of them NATS's": {faults: []up{{"kill-edge", 10, 30}, {"kill-nats-leader", 20, 25}}, gaps: []gap{{12, 13}, {20, 28}}, over: []string{"kill-edge"}, marked: []string{"kill-edge"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var posts []*post
+			for at := 0.0; at < 100; at += 0.05 {
+				if !slices.ContainsFunc(tt.gaps, func(g gap) bool { return g.from < at && at < g.to }) {
+					posts = append(posts, &post{Sent: s(at), Done: s(at), Answer: accepted})
+				}
+			}
+			var r report
+			for _, u := range tt.faults {
+				f := choose(catalog(), []string{u.name})[0]
+				r.Faults = append(r.Faults, &entry{Name: f.name, Limit: f.gap, Back: f.back, at: s(u.from), mended: s(u.to)})
+			}
+			r.finish(posts, t0, s(100), []time.Time{s(60)})
+			var over, marked []string
+			for _, o := range r.Over {
+				over = append(over, strings.Join(o.Faults, " "))
+			}
+			for _, e := range r.Faults {
+				if e.Over {
+					marked = append(marked, e.Name)
+				}
+			}
+			if !slices.Equal(over, tt.over) || !slices.Equal(marked, tt.marked) {
+				t.Errorf("over the limit: %+v, marked %v", r.Over, marked)
+			}
+			if r.failed() {
+				t.Error("a gap fails the run unasked")
+			}
+			if r.StrictGaps = true; r.failed() != (len(tt.over) > 0) {
+				t.Errorf("failed is %v with --strict-gaps", r.failed())
+			}
+		})
+	}
+}
+
 func TestMetricsAddUp(t *testing.T) {
 	t.Parallel()
 	for d, want := range map[metricsSum]bool{
@@ -253,7 +324,7 @@ func TestPlan(t *testing.T) {
 	all := catalog()
 	byName := map[string]fault{}
 	for _, f := range all {
-		if f.name == "" || f.doc == "" || f.part == "" || f.begin == nil || f.min <= 0 || f.max < f.min {
+		if f.name == "" || f.doc == "" || f.part == "" || f.begin == nil || f.min <= 0 || f.max < f.min || (f.gap > 0) == (f.back > 0) {
 			t.Errorf("fault %q is not whole", f.name)
 		}
 		byName[f.name] = f

@@ -66,6 +66,8 @@ func (s *system) collect(ctx context.Context, posts []*post) (h history, err err
 		var e streams.Event
 		if json.Unmarshal(m.Data(), &e) == nil && e.UserID != "" { // a record has these members too
 			d.event = event{e.RequestID, e.SubscriberID, e.SessionID, e.UserID}
+		} else if e.SubscriberID == streams.HeartbeatSubscriber { // never poison: every version passes it on
+			d.event = event{ID: e.RequestID, Subscriber: e.SubscriberID}
 		}
 		h.Dead = append(h.Dead, d)
 	}); err != nil {

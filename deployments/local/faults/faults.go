@@ -38,8 +38,22 @@ type options struct {
 	rate     float64
 	only     []string
 	bin      string
+	oldBin   string
+	strict   bool
 	keep     bool
 	json     bool
+}
+
+// repeat is the command line that gives the same schedule.
+func (o options) repeat() string {
+	s := fmt.Sprintf("faults --seed %d --duration %v --steady %v --rate %g", o.seed, o.duration, o.steady, o.rate)
+	if len(o.only) > 0 {
+		s += " --only '" + strings.Join(o.only, ",") + "'"
+	}
+	if o.oldBin != "" {
+		s += " --old-bin " + o.oldBin
+	}
+	return s
 }
 
 // Main runs the sub-command and returns the exit code: 0 nothing was found, 1
@@ -65,6 +79,8 @@ func Main(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	fs.BoolVar(&o.json, "json", false, "print the report as JSON")
 	fs.BoolVar(&o.keep, "keep", false, "keep the directory also when nothing was found")
 	fs.StringVar(&o.bin, "bin", "", "use the programs in `DIR` (make build) instead of building them")
+	fs.StringVar(&o.oldBin, "old-bin", "", "run one replica of each service from `DIR`, the programs of an earlier version; roll- faults change new for old and old for new")
+	fs.BoolVar(&o.strict, "strict-gaps", false, "fail when clients were without a 202 for longer than the limit of the fault (a busy machine has gaps of its own)")
 	switch err := fs.Parse(args); {
 	case errors.Is(err, flag.ErrHelp):
 		return 0
@@ -79,16 +95,18 @@ func Main(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	}
 	if *list {
 		for _, f := range catalog() {
-			fmt.Fprintf(stdout, "%-34s %s\n", f.name, f.doc)
+			fmt.Fprintf(stdout, "%-34s %-8s %s\n", f.name, limitText(f.gap, f.back), f.doc)
 		}
 		return 0
 	}
 	if *only != "" {
 		o.only = strings.Split(*only, ",")
 	}
-	if len(choose(catalog(), o.only)) == 0 {
-		fmt.Fprintln(stderr, "local faults: --only names no fault; see --list")
-		return 2
+	for _, name := range o.only {
+		if len(choose(catalog(), []string{name})) == 0 {
+			fmt.Fprintf(stderr, "local faults: --only: no fault is called %q; see --list\n", name)
+			return 2
+		}
 	}
 	if o.seed == 0 {
 		var b [4]byte
@@ -150,7 +168,7 @@ func run(ctx context.Context, o options, stderr io.Writer) (_ *report, err error
 	if err != nil {
 		return nil, fmt.Errorf("make a directory: %w", err)
 	}
-	rep := &report{Seed: o.seed, Rate: o.rate, Dir: dir}
+	rep := &report{Seed: o.seed, Rate: o.rate, Dir: dir, StrictGaps: o.strict, Repeat: o.repeat()}
 	defer func() {
 		if err == nil && !rep.failed() && !o.keep {
 			os.RemoveAll(dir)
@@ -167,7 +185,16 @@ func run(ctx context.Context, o options, stderr io.Writer) (_ *report, err error
 			return nil, err
 		}
 	}
-	sys, err := newSystem(dir, bin, int(o.rate))
+	if o.oldBin != "" {
+		rep.Versions = &versions{Ran: map[string][]string{}}
+		if rep.Versions.New, err = version(ctx, bin); err == nil {
+			rep.Versions.Old, err = version(ctx, o.oldBin)
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	sys, err := newSystem(dir, bin, o.oldBin, int(o.rate))
 	if err != nil {
 		return nil, err
 	}
@@ -224,6 +251,13 @@ func run(ctx context.Context, o options, stderr io.Writer) (_ *report, err error
 	sys.mu.Lock()
 	rep.Crashes = slices.Clone(sys.crashes)
 	sys.mu.Unlock()
+	if rep.Versions != nil {
+		for _, name := range sys.services() {
+			if p := sys.procs[name]; p.other != "" {
+				rep.Versions.Ran[name] = p.versions()
+			}
+		}
+	}
 	rep.finish(posts, r.begun, r.quiet, r.fine)
 	return rep, nil
 }
@@ -235,6 +269,7 @@ func (r *runner) mixAndSteady(ctx context.Context) {
 	defer stop()
 	var loading sync.WaitGroup
 	loading.Go(func() { r.load.run(loadCtx, r.rate, false) })
+	r.out.say("mix")
 	sleep(ctx, 4*time.Second) // something to look back on
 
 	begin := time.Now()
@@ -248,12 +283,14 @@ func (r *runner) mixAndSteady(ctx context.Context) {
 	}
 	faults.Wait()
 	if r.steady > 0 {
+		r.out.say("between single faults")
 		for i, f := range r.faults {
 			if f.steady != 0 && ctx.Err() == nil {
 				r.keepUp(ctx, f, r.seed+uint64(i))
 			}
 		}
 	}
+	r.out.say("catching up")
 	r.settled(ctx, time.Minute)
 	r.quiet = time.Now()
 	stop()
@@ -277,7 +314,7 @@ func (r *runner) up(ctx context.Context, f fault, st step) {
 // begin breaks something and writes it down.
 func (r *runner) begin(ctx context.Context, f fault, pick uint64) *entry {
 	r.mu.Lock()
-	e := &entry{Name: f.name, Part: f.part, at: time.Now()}
+	e := &entry{Name: f.name, Part: f.part, Limit: f.gap, Back: f.back, at: time.Now()}
 	r.active[f.name] = true
 	r.rep.Faults = append(r.rep.Faults, e)
 	r.mu.Unlock()

@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -36,16 +37,25 @@ func (s *spawner) start(cmd *exec.Cmd) error {
 	return <-done
 }
 
+// Of the two versions in a run with --old-bin.
+const newVersion, oldVersion = "new", "old"
+
 // process is a program that can be killed, frozen, stopped and started again.
 // Its output is appended to a file. It is safe for concurrent use, but one
 // fault at a time should own it.
 type process struct {
-	name    string
-	path    string
-	args    []string
-	env     []string
-	logs    string // directory
-	spawn   *spawner
+	name  string
+	path  string
+	args  []string
+	env   []string
+	logs  string // directory
+	spawn *spawner
+	// other is the path of the same program in another version, if there is
+	// one, and ran says which versions have been started, as newVersion and
+	// oldVersion in order.
+	other   string
+	old     bool // path is the earlier version
+	ran     []string
 	crashed func(name string, err error) // it ended and nobody had asked for it
 
 	mu     sync.Mutex
@@ -72,6 +82,13 @@ func (p *process) start() error {
 		return fmt.Errorf("start %s: %w", p.name, err)
 	}
 	p.cmd, p.ended, p.asked, p.result = cmd, make(chan struct{}), false, nil
+	version := newVersion
+	if p.old {
+		version = oldVersion
+	}
+	if len(p.ran) == 0 || p.ran[len(p.ran)-1] != version {
+		p.ran = append(p.ran, version)
+	}
 	go func(ended chan struct{}) {
 		err := cmd.Wait()
 		p.mu.Lock()
@@ -84,6 +101,22 @@ func (p *process) start() error {
 		close(ended)
 	}(p.ended)
 	return nil
+}
+
+// swap makes the next start one of the other version, if there is one.
+func (p *process) swap() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.other != "" {
+		p.path, p.other, p.old = p.other, p.path, !p.old
+	}
+}
+
+// versions returns which versions have run, in order.
+func (p *process) versions() []string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return slices.Clone(p.ran)
 }
 
 // signal sends s; to a process that is not running it does nothing.

@@ -22,6 +22,8 @@ type report struct {
 	Length   time.Duration `json:"length_ns"`
 	Posts    int           `json:"posts"`
 	Accepted int           `json:"accepted"`
+	// Versions is there when two were run.
+	Versions *versions     `json:"versions,omitempty"`
 	Faults   []*entry      `json:"faults"`
 	Steady   []steadyEntry `json:"steady,omitempty"`
 	Skipped  []string      `json:"skipped,omitempty"`
@@ -30,11 +32,33 @@ type report struct {
 	// Drain is how long the end took, Gap the longest time without a 202.
 	Drain time.Duration `json:"drain_ns"`
 	Gap   time.Duration `json:"longest_gap_ns"`
+	// Over are the gaps longer than the faults of that time allow. They fail
+	// the run with StrictGaps: else they may be the machine's.
+	Over       []overGap `json:"gaps_over_limit,omitempty"`
+	StrictGaps bool      `json:"strict_gaps"`
 	// Crashes are processes that ended unasked; Problems what else failed.
 	Crashes  []string `json:"crashes,omitempty"`
 	Problems []string `json:"problems,omitempty"`
+	// Repeat is the command line of the same schedule.
+	Repeat string `json:"repeat"`
 	// Dir is where everything is, when it was kept.
 	Dir string `json:"dir,omitempty"`
+}
+
+// versions are the two of a run with --old-bin.
+type versions struct {
+	New string `json:"new"`
+	Old string `json:"old"`
+	// Ran says for each process which of them it was, in order.
+	Ran map[string][]string `json:"ran"`
+}
+
+// overGap is a time without a 202 that is longer than allowed.
+type overGap struct {
+	At     time.Duration `json:"at_ns"`
+	Gap    time.Duration `json:"gap_ns"`
+	Limit  time.Duration `json:"limit_ns"` // of this very gap, from its start
+	Faults []string      `json:"faults"`   // up, or just mended
 }
 
 // entry is one fault as it was.
@@ -49,6 +73,12 @@ type entry struct {
 	// Gap is the longest time without a 202 from its beginning to its
 	// recovery, 10 s after its end at most.
 	Gap time.Duration `json:"gap_ns"`
+	// Limit is how long a gap the fault excuses; with Back instead it excuses
+	// any that ends so long after its mending. Over is set when a gap of its
+	// time was longer than it and every other fault of that moment excuse.
+	Limit time.Duration `json:"gap_limit_ns,omitempty"`
+	Back  time.Duration `json:"back_limit_ns,omitempty"`
+	Over  bool          `json:"gap_over_limit,omitempty"`
 	// Recovery is from the mending until events became records at once again;
 	// -1 when they did not any more.
 	Recovery time.Duration `json:"recovery_ns"`
@@ -61,8 +91,8 @@ type entry struct {
 	Note  string `json:"note,omitempty"`
 	Bad   bool   `json:"failed,omitempty"`
 
-	undo       func(context.Context) error
-	at, mended time.Time
+	undo              func(context.Context) error
+	at, mended, until time.Time // until: what it may still explain
 }
 
 func (e *entry) note(err error) {
@@ -76,7 +106,8 @@ func (e *entry) note(err error) {
 func (r *report) failed() bool {
 	return r.Verdict.failed() || len(r.Crashes) > 0 || len(r.Problems) > 0 ||
 		slices.ContainsFunc(r.Faults, func(e *entry) bool { return e.Bad || e.Recovery < 0 }) ||
-		slices.ContainsFunc(r.Steady, func(s steadyEntry) bool { return len(s.Missing) > 0 })
+		slices.ContainsFunc(r.Steady, func(s steadyEntry) bool { return len(s.Missing) > 0 }) ||
+		r.StrictGaps && len(r.Over) > 0
 }
 
 // finish works out the times of a run that began at begun and whose load with
@@ -96,15 +127,16 @@ func (r *report) finish(posts []*post, begun, quiet time.Time, fine []time.Time)
 	slices.SortFunc(oks, time.Time.Compare)
 	for _, e := range r.Faults {
 		e.At, e.For = e.at.Sub(begun), e.mended.Sub(e.at)
-		until := e.mended.Add(10 * time.Second)
+		longest := max(10*time.Second, e.Back)
+		e.until = e.mended.Add(longest)
 		if i, _ := slices.BinarySearchFunc(fine, e.mended, time.Time.Compare); i == len(fine) {
 			e.Recovery = -1
 		} else {
 			e.Recovery = fine[i].Sub(e.mended)
-			until = e.mended.Add(min(e.Recovery+time.Second, 10*time.Second))
+			e.until = e.mended.Add(min(e.Recovery+time.Second, longest))
 		}
-		e.Alone = !slices.ContainsFunc(r.Faults, func(o *entry) bool { return o != e && o.at.Before(until) && o.mended.Add(rest).After(e.at) })
-		e.Gap = longestGap(oks, e.at, until)
+		e.Alone = !slices.ContainsFunc(r.Faults, func(o *entry) bool { return o != e && o.at.Before(e.until) && o.mended.Add(rest).After(e.at) })
+		e.Gap = longestGap(oks, e.at, e.until)
 		r.Gap = max(r.Gap, e.Gap)
 		for _, p := range posts {
 			if p.Sent.After(e.at) && p.Sent.Before(e.mended) {
@@ -115,6 +147,49 @@ func (r *report) finish(posts []*post, begun, quiet time.Time, fine []time.Time)
 			}
 		}
 	}
+	r.judgeGaps(oks, begun)
+}
+
+// judgeGaps finds the gaps that are longer than the faults of their time
+// excuse. Of several faults the one that excuses most counts: which of them
+// caused a gap cannot be seen.
+func (r *report) judgeGaps(oks []time.Time, begun time.Time) {
+	for i := 1; i < len(oks); i++ {
+		from, to := oks[i-1], oks[i]
+		if to.Sub(from) <= gapLimit { // every fault excuses that
+			continue
+		}
+		var excused time.Duration
+		var of []*entry
+		for _, e := range r.Faults {
+			if !from.Before(e.until) || !to.After(e.at) {
+				continue
+			}
+			of = append(of, e)
+			limit := e.Limit
+			if e.Back > 0 {
+				limit = e.mended.Add(e.Back).Sub(from)
+			}
+			excused = max(excused, limit)
+		}
+		if len(of) == 0 || to.Sub(from) <= excused {
+			continue
+		}
+		over := overGap{At: from.Sub(begun), Gap: to.Sub(from), Limit: excused}
+		for _, e := range of {
+			e.Over = true
+			over.Faults = append(over.Faults, e.Name)
+		}
+		r.Over = append(r.Over, over)
+	}
+}
+
+// limitText shows what a fault excuses.
+func limitText(gap, back time.Duration) string {
+	if back > 0 {
+		return fmt.Sprintf("end+%g", back.Seconds())
+	}
+	return fmt.Sprintf("%.2f", gap.Seconds())
 }
 
 // longestGap returns the longest time between two of the sorted times, of which
@@ -127,10 +202,19 @@ func longestGap(times []time.Time, from, to time.Time) (gap time.Duration) {
 	return gap
 }
 
+// mostLines is how many findings of a kind the report shows.
+const mostLines = 40
+
 func (r *report) print(w io.Writer) {
 	ms := func(d time.Duration) string { return fmt.Sprintf("%.2f", d.Seconds()) }
-	fmt.Fprintf(w, "\nTimeline (seconds; * while another fault was up as well)\n\n")
-	fmt.Fprintf(w, "%8s %7s %-34s %-26s %6s %9s %10s\n", "at", "for", "fault", "target", "gap", "recovery", "accepted")
+	if v := r.Versions; v != nil {
+		fmt.Fprintf(w, "\nVersions: new is %s, old is %s\n", v.New, v.Old)
+		for _, name := range slices.Sorted(maps.Keys(v.Ran)) {
+			fmt.Fprintf(w, "  %-14s %s\n", name, strings.Join(v.Ran[name], ", "))
+		}
+	}
+	fmt.Fprintf(w, "\nTimeline (seconds; gap: longest time without a 202, ! over the limit; * while another fault was up as well)\n\n")
+	fmt.Fprintf(w, "%8s %7s %-34s %-26s %7s %7s %9s %10s\n", "at", "for", "fault", "target", "gap", "limit", "recovery", "accepted")
 	for _, e := range r.Faults {
 		star := "*"
 		if e.Alone {
@@ -140,7 +224,13 @@ func (r *report) print(w io.Writer) {
 		if e.Recovery >= 0 {
 			recovery = ms(e.Recovery)
 		}
-		fmt.Fprintf(w, "%8s %7s %-34s %-26s %6s%s %8s %5d/%-5d %s\n", ms(e.At), ms(e.For), e.Name, e.Target, ms(e.Gap), star, recovery, e.Accepted, e.Posts, e.Note)
+		gap := ms(e.Gap)
+		if e.Over {
+			gap += "!"
+		}
+		line := fmt.Sprintf("%8s %7s %-34s %-26s %7s%s %6s %9s %5d/%-5d %s",
+			ms(e.At), ms(e.For), e.Name, e.Target, gap, star, limitText(e.Limit, e.Back), recovery, e.Accepted, e.Posts, e.Note)
+		fmt.Fprintln(w, strings.TrimRight(line, " "))
 	}
 	if len(r.Steady) > 0 {
 		fmt.Fprintf(w, "\nOne fault kept up\n\n%-34s %9s %9s %9s %9s  %s\n", "fault", "posts", "accepted", "fetched", "readable", "missing")
@@ -173,13 +263,26 @@ func (r *report) print(w io.Writer) {
 	}
 	fmt.Fprintf(w, "%d faults in %v, %d posts, %d accepted, longest gap %s s, drained in %s s\n",
 		len(r.Faults), r.Length.Round(time.Second), r.Posts, r.Accepted, ms(r.Gap), ms(r.Drain))
+	verdict := "WARNING"
+	if r.StrictGaps {
+		verdict = "FOUND"
+	}
+	for i, o := range r.Over {
+		if i == mostLines {
+			fmt.Fprintf(w, "… and %d more gaps over their limit\n", len(r.Over)-mostLines)
+			break
+		}
+		fmt.Fprintf(w, "%s no 202 for %s s from %s s on; allowed are %s s with %s\n", verdict, ms(o.Gap), ms(o.At), ms(o.Limit), strings.Join(o.Faults, " and "))
+	}
+	if len(r.Over) == 0 && len(r.Faults) > 0 {
+		fmt.Fprintln(w, "No gap was over its limit.")
+	}
 	for _, text := range r.Skipped {
 		fmt.Fprintln(w, "SKIPPED", text)
 	}
-	const most = 40
 	for i, f := range r.Verdict.Findings {
-		if i == most {
-			fmt.Fprintf(w, "… and %d more\n", len(r.Verdict.Findings)-most)
+		if i == mostLines {
+			fmt.Fprintf(w, "… and %d more\n", len(r.Verdict.Findings)-mostLines)
 			break
 		}
 		fmt.Fprintf(w, "FOUND %s %s: %s\n", f.Class, f.ID, f.Text)
@@ -191,7 +294,7 @@ func (r *report) print(w io.Writer) {
 		fmt.Fprintf(w, "Nothing was found. Seed %d.\n", r.Seed)
 		return
 	}
-	fmt.Fprintf(w, "\nRepeat with --seed %d and the same lengths. Logs, streams and records are in %s\n", r.Seed, r.Dir)
+	fmt.Fprintf(w, "\nRepeat with: %s\nLogs, streams and records are in %s\n", r.Repeat, r.Dir)
 }
 
 func cmpOr(s, def string) string {
@@ -216,7 +319,8 @@ func newProgress(w io.Writer, r *runner) *progress {
 	p := &progress{w: w, r: r}
 	if f, ok := w.(*os.File); ok {
 		st, err := f.Stat()
-		p.terminal = err == nil && st.Mode()&os.ModeCharDevice != 0
+		null, nullErr := os.Stat(os.DevNull) // a character device too
+		p.terminal = err == nil && st.Mode()&os.ModeCharDevice != 0 && (nullErr != nil || !os.SameFile(st, null))
 	}
 	return p
 }

@@ -89,9 +89,27 @@ func build(ctx context.Context, dir string) error {
 	return nil
 }
 
+// programs are those of the stages.
+var programs = [...]string{"ingest", "prefetcher", "persister"}
+
+// version returns what the programs in dir say of themselves: one line when
+// they are of one version.
+func version(ctx context.Context, dir string) (string, error) {
+	var said []string
+	for _, program := range programs {
+		out, err := exec.CommandContext(ctx, filepath.Join(dir, program), "--version").Output()
+		if err != nil {
+			return "", fmt.Errorf("%s --version: %w", filepath.Join(dir, program), err)
+		}
+		said = append(said, strings.TrimSpace(strings.TrimPrefix(string(out), program+" ")))
+	}
+	return strings.Join(slices.Compact(said), ", "), nil
+}
+
 // newSystem lays everything out in dir and starts nothing. bin holds the
-// pipeline's programs.
-func newSystem(dir, bin string, rate int) (_ *system, err error) {
+// pipeline's programs; old, if not empty, those of an earlier version, of which
+// the second of each stage is one at first.
+func newSystem(dir, bin, old string, rate int) (_ *system, err error) {
 	s := &system{dir: dir, rate: rate, spawn: newSpawner(), ops: map[string]string{}, procs: map[string]*process{}}
 	defer func() {
 		if err != nil {
@@ -131,7 +149,7 @@ func newSystem(dir, bin string, rate int) (_ *system, err error) {
 		return nil, err
 	}
 	s.useKey(key)
-	if err := s.addServices(bin, &ports); err != nil {
+	if err := s.addServices(bin, old, &ports); err != nil {
 		return nil, err
 	}
 	// Not through a proxy: nothing that checks or repairs depends on a fault.
@@ -232,7 +250,7 @@ func (s *system) linksOf(from, to string) []*link {
 	})
 }
 
-func (s *system) addServices(bin string, ports *ports) error {
+func (s *system) addServices(bin, old string, ports *ports) error {
 	for i := range replicas {
 		for _, stage := range []string{edge, prefetcher, persister} {
 			name := fmt.Sprintf("%s-%d", stage, i+1)
@@ -273,6 +291,12 @@ func (s *system) addServices(bin string, ports *ports) error {
 				env = append(env, redis)
 			}
 			s.add(name, filepath.Join(bin, program), env)
+			if old != "" {
+				s.procs[name].other = filepath.Join(old, program)
+				if i%2 == 1 {
+					s.procs[name].swap()
+				}
+			}
 		}
 	}
 	// Makes room while a replay fills FP_BACKFILL, as in production.
@@ -418,12 +442,22 @@ func (s *system) healthy(ctx context.Context, name string) error {
 	case strings.HasPrefix(name, "nats-"):
 		url = "http://" + s.ops[name] + "/healthz"
 	}
-	body, err := get(ctx, url)
-	if err != nil {
+	if _, err := get(ctx, url); err != nil {
 		return fmt.Errorf("%s: %w", name, err)
 	}
-	_ = body
 	return nil
+}
+
+// answers waits, ten seconds at most, until a service that was started serves
+// its operators' port. A signal before that finds a process that does not know
+// it yet.
+func (s *system) answers(ctx context.Context, name string) {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	_ = poll(ctx, func() error {
+		_, err := get(ctx, "http://"+s.ops[name]+"/livez")
+		return err
+	})
 }
 
 // get returns the body of a 200.
