@@ -123,11 +123,16 @@ func (l limits) life(stage string) time.Duration {
 	return l.RecordTTL
 }
 
+// publisher stores a message and returns once the stream has it.
+type publisher interface {
+	Publish(ctx context.Context, m streams.Message) (streams.Ack, error)
+}
+
 // feeder runs one replay or redrive.
 type feeder struct {
 	feedState
 	conn    *streams.Conn
-	pub     *streams.Publisher
+	pub     publisher
 	records *records
 	dead    jetstream.Stream // of a redrive
 	kv      jetstream.KeyValue
