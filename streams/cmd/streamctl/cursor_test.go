@@ -66,9 +66,18 @@ func (m *mortal) Update(ctx context.Context, key string, value []byte, revision 
 		}
 	}
 	if !answered {
-		return 0, errKilled
+		return 0, fmt.Errorf("%w: %w", streams.ErrRefused, errKilled)
 	}
 	return rev, nil
+}
+
+func (m *mortal) Get(ctx context.Context, key string) (jetstream.KeyValueEntry, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.n == 0 {
+		return nil, errKilled
+	}
+	return m.KeyValue.Get(ctx, key)
 }
 
 // Killed at any write, before it arrives or before its answer does, as often
@@ -78,6 +87,7 @@ func TestReplayKilledAtAnyWriteEqualsAnUnbrokenOne(t *testing.T) {
 	t.Parallel()
 	const schedules = 60
 	b := newBench(t)
+	b.work(streams.StreamBackfill, streams.DurablePersisterBackfill)
 	now := time.Now()
 	wanted := map[uint64]bool{}
 	want := feedCounts{}

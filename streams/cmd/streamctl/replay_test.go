@@ -407,7 +407,7 @@ func TestBar(t *testing.T) {
 func TestReplayOutlivesRestarts(t *testing.T) {
 	t.Parallel()
 	const events = 400
-	b := newBench(t)
+	b, rds := newBench(t), streamstest.NewRedis(t)
 	b.work(streams.StreamBackfill, streams.DurablePersisterBackfill)
 	now := time.Now()
 	for i := range events {
@@ -418,7 +418,7 @@ func TestReplayOutlivesRestarts(t *testing.T) {
 		out, errs string
 	}
 	end := make(chan ended, 1)
-	env := map[string]string{"NATS_URL": b.n.URL, "REDIS_URL": b.redis.URL()}
+	env := map[string]string{"NATS_URL": b.n.URL, "REDIS_URL": rds.URL()}
 	go func() {
 		var out, errs strings.Builder
 		code := run(t.Context(), strings.Fields("replay --stage persister --from-seq 1 --rate 200 --json --no-wait"),
@@ -433,10 +433,10 @@ func TestReplayOutlivesRestarts(t *testing.T) {
 	}
 	streamstest.Eventually(t, "the first copies", copied(20))
 	b.n.Stop()
-	b.redis.Kill()
+	rds.Kill()
 	b.n.Start()
 	streamstest.Eventually(t, "the server", copied(20))
-	b.redis.Start()
+	rds.Start()
 	streamstest.Eventually(t, "more copies", copied(events/2))
 	b.n.Stop()
 	b.n.Start()

@@ -239,13 +239,13 @@ func scanBatches(ctx context.Context, conn *streams.Conn, in span, subject strin
 // election, Redis's restart. What takes longer ends it, and --resume goes on.
 const patience = 30 * time.Second
 
-// keepTrying calls do until it succeeds, ctx is done, or patience is over, and
-// returns its last error.
+// keepTrying calls do until it succeeds, is refused, ctx is done, or patience
+// is over, and returns its last error.
 func keepTrying(ctx context.Context, do func() error) error {
 	deadline := time.Now().Add(patience)
 	for {
 		err := do()
-		if err == nil || time.Now().After(deadline) || wait(ctx, 250*time.Millisecond) != nil {
+		if err == nil || errors.Is(err, streams.ErrRefused) || time.Now().After(deadline) || wait(ctx, 250*time.Millisecond) != nil {
 			return err
 		}
 	}
