@@ -7,8 +7,12 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"os/exec"
 	"runtime"
+	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -91,9 +95,8 @@ func bareGETs(b *testing.B, url string, inFlight, n int) time.Duration {
 	return time.Since(start)
 }
 
-// drainBacklog returns how long the stage needs for n events, and the largest
-// heap on the way.
-func drainBacklog(b *testing.B, url string, inFlight, n int) (time.Duration, uint64) {
+// backlog returns a server with n events in FP_INGEST.
+func backlog(b *testing.B, n int) (*streamstest.NATS, *streams.Conn) {
 	b.Helper()
 	nats := streamstest.NewNATS(b)
 	conn := nats.Connect("bench")
@@ -122,11 +125,23 @@ func drainBacklog(b *testing.B, url string, inFlight, n int) (time.Duration, uin
 	}
 	close(next)
 	wg.Wait()
+	return nats, conn
+}
 
-	settings := map[string]string{
-		"NATS_URL": nats.URL, "FINGERPRINT_BASE_URL": url, "FINGERPRINT_API_KEY": "key", "FINGERPRINT_RATE_LIMIT": "0",
+// drainSettings are those of a prefetcher with nothing to wait for.
+func drainSettings(natsURL, vendorURL string, inFlight int) map[string]string {
+	return map[string]string{
+		"NATS_URL": natsURL, "FINGERPRINT_BASE_URL": vendorURL, "FINGERPRINT_API_KEY": "key", "FINGERPRINT_RATE_LIMIT": "0",
 		"PREFETCH_CONCURRENCY": fmt.Sprint(inFlight), "PREFETCH_FRESH_WITHIN": "1h",
 	}
+}
+
+// drainBacklog returns how long the stage needs for n events, and the largest
+// heap on the way.
+func drainBacklog(b *testing.B, url string, inFlight, n int) (time.Duration, uint64) {
+	b.Helper()
+	nats, conn := backlog(b, n)
+	settings := drainSettings(nats.URL, url, inFlight)
 	s := ops.NewSettings(func(name string) string { return settings[name] })
 	cfg := ReadConfig(s)
 	if err := s.Err(); err != nil {
@@ -153,4 +168,58 @@ func drainBacklog(b *testing.B, url string, inFlight, n int) (time.Duration, uin
 		b.Fatal(err)
 	}
 	return took, heap
+}
+
+// BenchmarkMemory drains 200,000 events through a prefetcher in a process of
+// its own. The most memory it has had does not grow with what went through it.
+// It reads /proc, so it is for Linux. Run it with -benchtime 1x.
+func BenchmarkMemory(b *testing.B) {
+	const events = 200_000
+	for b.Loop() {
+		sim := httptest.NewServer(fingerprintsim.New(fingerprintsim.Options{Key: "key"}))
+		nats, conn := backlog(b, events)
+		cmd := exec.CommandContext(b.Context(), os.Args[0])
+		cmd.Stdout, cmd.Stderr = b.Output(), b.Output()
+		cmd.Env = append(os.Environ(), "PREFETCHER_PROCESS=1", "OPS_ADDR="+streamstest.FreeAddr(b))
+		for name, value := range drainSettings(nats.URL, sim.URL, 64) {
+			cmd.Env = append(cmd.Env, name+"="+value)
+		}
+		if err := cmd.Start(); err != nil {
+			b.Fatal(err)
+		}
+		for _, done := range []int{50_000, 100_000, 150_000, events} {
+			for {
+				time.Sleep(50 * time.Millisecond) // the resolution of the measurement
+				l, err := streams.ReadLag(b.Context(), conn.JS, streams.StreamIngest, streams.DurablePrefetcher)
+				if err == nil && l.Messages() <= uint64(events-done) {
+					break
+				}
+			}
+			b.ReportMetric(peakMiB(b, cmd.Process.Pid), fmt.Sprintf("peak_MiB_at_%dk", done/1000))
+		}
+		if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+			b.Fatal(err)
+		}
+		if err := cmd.Wait(); err != nil {
+			b.Fatal(err)
+		}
+		sim.Close()
+	}
+	b.ReportMetric(0, "ns/op")
+}
+
+// peakMiB is the most memory a process has had resident. (The usage that wait4
+// returns begins with that of the parent.)
+func peakMiB(b *testing.B, pid int) float64 {
+	b.Helper()
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		b.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(status), "VmHWM:")
+	var kib float64
+	if _, err := fmt.Sscan(rest, &kib); err != nil {
+		b.Fatal(err)
+	}
+	return kib / 1024
 }

@@ -20,8 +20,11 @@ import (
 	"github.com/idenza/fingerprint-prefetch/streams/streamstest"
 )
 
-// The test binary is also the prefetcher that kills itself.
+// The test binary is also the prefetcher, and the one that kills itself.
 func TestMain(m *testing.M) {
+	if os.Getenv("PREFETCHER_PROCESS") != "" {
+		os.Exit(ops.Main(Program()))
+	}
 	if at := os.Getenv("KILL_AT"); at != "" {
 		if err := prefetchUntilKilled(at); err != nil {
 			fmt.Fprintln(os.Stderr, err)
