@@ -41,7 +41,7 @@ func TestREADMENamesEverySetting(t *testing.T) {
 // The READMEs name no test that does not exist.
 func TestREADMENamesRealTests(t *testing.T) {
 	var tests strings.Builder
-	for _, pattern := range []string{"*_test.go", "../../streams/*_test.go", "../../services/*/*_test.go"} {
+	for _, pattern := range []string{"*_test.go", "faults/*_test.go", "../../streams/*_test.go", "../../streams/cmd/*/*_test.go", "../../services/*/*_test.go"} {
 		files, err := filepath.Glob(pattern)
 		if err != nil || len(files) == 0 {
 			t.Fatalf("%s: %d files, %v", pattern, len(files), err)
@@ -54,7 +54,7 @@ func TestREADMENamesRealTests(t *testing.T) {
 			tests.Write(b)
 		}
 	}
-	for file, atLeast := range map[string]int{"../../README.md": 10, "../k8s/README.md": 5} {
+	for file, atLeast := range map[string]int{"../../README.md": 10, "../k8s/README.md": 5, "../../docs/reliability.md": 5} {
 		readme, err := os.ReadFile(file)
 		if err != nil {
 			t.Fatal(err)
