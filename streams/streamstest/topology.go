@@ -8,8 +8,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-
-	"github.com/redis/go-redis/v9"
 )
 
 // NewRedisCluster starts three redis-servers as one Redis Cluster and returns
@@ -29,10 +27,7 @@ func NewRedisCluster(t testing.TB) (nodes []*Redis, url string) {
 	}
 	Eventually(t, "the cluster to be up", func() bool {
 		for _, n := range nodes {
-			c := redis.NewClient(&redis.Options{Addr: n.Addr})
-			info, err := c.ClusterInfo(t.Context()).Result()
-			c.Close()
-			if err != nil || !strings.Contains(info, "cluster_state:ok") {
+			if !strings.Contains(n.ask("CLUSTER", "INFO"), "cluster_state:ok") {
 				return false
 			}
 		}
@@ -47,7 +42,7 @@ func NewSentinels(t testing.TB, primary *Redis) (replica *Redis, url string) {
 	t.Helper()
 	host, port, _ := net.SplitHostPort(primary.Addr)
 	replica = NewRedis(t, "--replicaof", host+" "+port)
-	var clients []*redis.SentinelClient
+	var sentinels []*Redis
 	for range 3 {
 		s := &Redis{t: t, Addr: FreeAddr(t)}
 		_, own, _ := net.SplitHostPort(s.Addr)
@@ -61,9 +56,7 @@ func NewSentinels(t testing.TB, primary *Redis) (replica *Redis, url string) {
 		s.args = []string{file, "--sentinel"}
 		s.Start()
 		t.Cleanup(s.Kill)
-		c := redis.NewSentinelClient(&redis.Options{Addr: s.Addr})
-		defer c.Close()
-		clients = append(clients, c)
+		sentinels = append(sentinels, s)
 		if url == "" {
 			url = "redis://" + s.Addr + "/0?master_name=main"
 		} else {
@@ -72,13 +65,20 @@ func NewSentinels(t testing.TB, primary *Redis) (replica *Redis, url string) {
 	}
 	// They find the replica and each other through the primary.
 	Eventually(t, "the sentinels to know everybody", func() bool {
-		for _, c := range clients {
-			m, err := c.Master(t.Context(), "main").Result()
-			if err != nil || m["num-slaves"] != "1" || m["num-other-sentinels"] != "2" {
+		for _, s := range sentinels {
+			told := s.ask("SENTINEL", "MASTER", "main")
+			if !strings.Contains(told, "num-slaves\n1\n") || !strings.Contains(told, "num-other-sentinels\n2\n") {
 				return false
 			}
 		}
 		return true
 	})
 	return replica, url
+}
+
+// ask returns a server's answer to a command, empty when there is none.
+func (r *Redis) ask(command ...string) string {
+	host, port, _ := net.SplitHostPort(r.Addr)
+	out, _ := exec.CommandContext(r.t.Context(), "redis-cli", append([]string{"-h", host, "-p", port}, command...)...).Output()
+	return string(out)
 }
