@@ -104,7 +104,7 @@ func (m *lifeModel) answered(o Outcome, at time.Time) (least, most time.Duration
 func TestEventEqualsModelWhateverTheVendorAnswers(t *testing.T) {
 	t.Parallel()
 	outcomes := []Outcome{NotFound, NotFound, NotFound, NotFound, Transient, Transient, Throttled, Malformed, Misconfigured, Rejected, Found}
-	schedules(t, 3000, func(t *testing.T, rng *rand.Rand) {
+	schedules(t, 1000, func(t *testing.T, rng *rand.Rand) {
 		var m lifeModel
 		var asked int
 		var outcome Outcome
@@ -248,7 +248,7 @@ func (c *caller) waits(from, to time.Time) bool { return c.came.Before(from) && 
 // one priority subscribers take turns.
 func TestQuotaKeepsItsRulesInAnySchedule(t *testing.T) {
 	t.Parallel()
-	schedules(t, 1500, func(t *testing.T, rng *rand.Rand) {
+	schedules(t, 500, func(t *testing.T, rng *rand.Rand) {
 		rate := []float64{1, 5, 20}[rng.IntN(3)]
 		b := newLocalBucket(rate, time.Now)
 		q := newQuota(b, false)
