@@ -160,6 +160,10 @@ func (w *watch) saw(s *seen, epoch int, value string) {
 		found(unexpected, "the key holds something that is no record")
 		return
 	}
+	if value == "" {
+		s.exists = false
+		return
+	}
 	n, _ := strconv.ParseInt(m[3], 10, 64) // digits, by the form
 	now := head{record.Status(m[1]), m[2], n}
 	if same && now.Subscriber != s.head.Subscriber {
