@@ -30,18 +30,17 @@ const (
 	givenUp    class = "given up"   // dead-lettered although nothing was wrong with it
 
 	duplicate class = "duplicate" // the same effect twice; seen by nobody but counted
-	overtaken class = "overtaken" // of two subscribers that handed in one id, the later one was written first
 )
 
 // classes lists them in the order of the report.
 func classes() []class {
-	return []class{ok, recovered, unknown, rejected, duplicate, overtaken, lost, stuck, unexpected, wrong, foreign, backwards, givenUp}
+	return []class{ok, recovered, unknown, rejected, duplicate, lost, stuck, unexpected, wrong, foreign, backwards, givenUp}
 }
 
 // bad reports whether one of a class fails the run.
 func (c class) bad() bool {
 	switch c {
-	case ok, recovered, unknown, rejected, duplicate, overtaken:
+	case ok, recovered, unknown, rejected, duplicate:
 		return false
 	}
 	return true
@@ -170,7 +169,7 @@ func check(h history) verdict {
 	for id, all := range byID {
 		rec, exists := h.Records[id]
 		if exists {
-			v.checkRecord(rec, all, want[id], h.Losses, dead)
+			v.checkRecord(rec, all, want[id], h.Losses)
 		}
 		times := map[event]int{}
 		for _, s := range all {
@@ -258,10 +257,7 @@ func (v *verdict) fate(h history, s stored, rec final, exists bool, dead map[eve
 
 // checkRecord judges a record by what FP_INGEST holds of its id, in the order
 // of acceptance, and by what the vendor knows.
-//
-// An owner's dead letter says that the other's record or marker was there when
-// the owner's came to be written: it was not touched, only late.
-func (v *verdict) checkRecord(rec final, all []stored, want record.Status, losses []time.Time, dead map[event]bool) {
+func (v *verdict) checkRecord(rec final, all []stored, want record.Status, losses []time.Time) {
 	newest := -1
 	for i, s := range all {
 		if s.event == rec.event && s.AcceptedAt.Equal(rec.AcceptedAt) {
@@ -275,8 +271,6 @@ func (v *verdict) checkRecord(rec final, all []stored, want record.Status, losse
 		v.add(foreign, rec.ID, "the record is subscriber %d's, who never handed in this id", rec.Subscriber)
 	case newest < 0:
 		v.add(unexpected, rec.ID, "the record is of no event that FP_INGEST holds")
-	case rec.Subscriber != owner && !unsettled && !slices.ContainsFunc(all, func(s stored) bool { return s.Subscriber == owner && !dead[s.event] }):
-		v.add(overtaken, rec.ID, "")
 	case rec.Subscriber != owner && !unsettled:
 		v.add(foreign, rec.ID, "the record is subscriber %d's and the id was subscriber %d's before", rec.Subscriber, owner)
 	case slices.ContainsFunc(all[newest+1:], func(s stored) bool { return s.Subscriber == rec.Subscriber }):
