@@ -327,3 +327,15 @@ func printJSON(w io.Writer, v any) error {
 	}
 	return nil
 }
+
+// wait returns after d, or with an error when ctx is done.
+func wait(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(max(d, 0))
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return context.Cause(ctx) //nolint:wrapcheck // judged by the caller
+	case <-t.C:
+		return nil
+	}
+}
