@@ -94,21 +94,8 @@ func (b backup) restore(nc *nats.Conn, stream string) error {
 // the vendor twice; the records come back from the streams.
 func TestAllDisksLostAndRestored(t *testing.T) {
 	t.Parallel()
-	n := newShippedNATS(t)
-	rs := streamstest.NewRedis(t)
-	p := newPipelineAt(t, func(service string) []string {
-		env := n.env(service)
-		if service == "persister" || service == "streamctl" {
-			env = append(env, "REDIS_URL="+rs.URL())
-		}
-		return env
-	})
-	rdb := redisClient(t, rs.URL())
-	p.rdb = rdb
-	p.streamctl("apply", "--replicas=3", "--timeout=50s")
+	n, p := newShippedPipeline(t)
 	services := []string{"ingest", "prefetcher", "persister"}
-	p.start(services...)
-	p.ready(services...)
 	const events = 20
 	accept := func(id string) {
 		t.Helper()
@@ -159,7 +146,7 @@ func TestAllDisksLostAndRestored(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := rdb.FlushAll(t.Context()).Err(); err != nil {
+	if err := p.rdb.FlushAll(t.Context()).Err(); err != nil {
 		t.Fatal(err)
 	}
 	for name := range n.nodes {

@@ -17,19 +17,7 @@ import (
 // answered 202 is lost, and posts are accepted again within ten seconds.
 func TestClusterLosesItsLeaderUnderLoad(t *testing.T) {
 	t.Parallel()
-	n := newShippedNATS(t)
-	rs := streamstest.NewRedis(t)
-	p := newPipelineAt(t, func(service string) []string {
-		env := n.env(service)
-		if service == "persister" {
-			env = append(env, "REDIS_URL="+rs.URL())
-		}
-		return env
-	})
-	p.rdb = redisClient(t, rs.URL())
-	p.streamctl("apply", "--replicas=3", "--timeout=50s")
-	p.start("ingest", "prefetcher", "persister")
-	p.ready("ingest", "prefetcher", "persister")
+	n, p := newShippedPipeline(t)
 	admin := n.connect(t, streams.UserStreamctl)
 
 	type answer struct{ begun, ended time.Time }

@@ -81,20 +81,7 @@ func (n *shippedNATS) restart() {
 // every connection is made anew, so that nothing lives on from the old ones.
 func TestNATSCertificatesRotateWithoutARestart(t *testing.T) {
 	t.Parallel()
-	n := newShippedNATS(t)
-	rs := streamstest.NewRedis(t)
-	p := newPipelineAt(t, func(service string) []string {
-		env := n.env(service)
-		if service == "persister" {
-			env = append(env, "REDIS_URL="+rs.URL())
-		}
-		return env
-	})
-	p.rdb = redisClient(t, rs.URL())
-	p.streamctl("apply", "--replicas=3", "--timeout=50s")
-	services := []string{"ingest", "prefetcher", "persister"}
-	p.start(services...)
-	p.ready(services...)
+	n, p := newShippedPipeline(t)
 
 	var (
 		mu       sync.Mutex
@@ -165,7 +152,7 @@ func TestNATSCertificatesRotateWithoutARestart(t *testing.T) {
 	}
 
 	n.restart()
-	p.ready(services...)
+	p.ready("ingest", "prefetcher", "persister")
 	goesOn("every connection was made anew")
 	quiet()
 	p.accountedAt(n.connect(t, streams.UserStreamctl), accepted)

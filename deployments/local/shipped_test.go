@@ -347,3 +347,22 @@ func (r *shippedRedis) client(t *testing.T, url string) redis.UniversalClient {
 	t.Cleanup(func() { c.Close() })
 	return c
 }
+
+// newShippedPipeline starts the services on NATS as it ships and a plain Redis,
+// and waits until they are ready.
+func newShippedPipeline(t *testing.T) (*shippedNATS, *pipeline) {
+	t.Helper()
+	n, rs := newShippedNATS(t), streamstest.NewRedis(t)
+	p := newPipelineAt(t, func(service string) []string {
+		env := n.env(service)
+		if service == "persister" || service == "streamctl" {
+			env = append(env, "REDIS_URL="+rs.URL())
+		}
+		return env
+	})
+	p.rdb = redisClient(t, rs.URL())
+	p.streamctl("apply", "--replicas=3", "--timeout=50s")
+	p.start("ingest", "prefetcher", "persister")
+	p.ready("ingest", "prefetcher", "persister")
+	return n, p
+}
