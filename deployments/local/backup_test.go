@@ -80,7 +80,18 @@ func (b backup) restore(nc *nats.Conn, stream string) error {
 	if err := ask(nc, "$JS.API.STREAM.RESTORE."+stream, fmt.Appendf(nil, `{"config":%s,"state":%s}`, b.Config, b.State), &to); err != nil {
 		return err
 	}
-	for _, chunk := range b.chunks {
+	// Another server of the cluster may be the one that receives, and the news
+	// of that still be under way to ours. Nobody has the chunk then.
+	for deadline := time.Now().Add(10 * time.Second); ; {
+		_, err := nc.Request(to.DeliverSubject, b.chunks[0], 10*time.Second)
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, nats.ErrNoResponders) || time.Now().After(deadline) {
+			return fmt.Errorf("send the first chunk of %s: %w", stream, err)
+		}
+	}
+	for _, chunk := range b.chunks[1:] {
 		if _, err := nc.Request(to.DeliverSubject, chunk, 10*time.Second); err != nil {
 			return fmt.Errorf("send a chunk of %s: %w", stream, err)
 		}
