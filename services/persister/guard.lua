@@ -3,7 +3,7 @@
 --
 -- KEYS[1]  the record's key
 -- ARGV     1 record  2 status  3 accepted_at  4 subscriber_id  5 expiry, Unix ms
--- Returns  written | superseded | foreign | unreadable
+-- Returns  created | written | superseded | foreign | unreadable
 --
 -- Of two records of one subscriber the larger of (is it ready, accepted_at,
 -- pending last) stands; equals are rewritten. An id is the subscriber's whose
@@ -25,4 +25,4 @@ if head ~= '' then
   end
 end
 redis.call('SET', KEYS[1], ARGV[1], 'PXAT', ARGV[5])
-return 'written'
+return head == '' and 'created' or 'written'

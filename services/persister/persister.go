@@ -3,9 +3,9 @@
 //
 //	FP_ENRICHED ─▶ persister ─guarded write─▶ Redis fp:prefetch:<request_id>
 //
-// Every write is guarded by a script that compares the head of what is there:
-// another subscriber's record is never touched, ready is never replaced by
-// less, and an older event never replaces a newer one. So redelivery, replay
+// Where something stands already, a write is guarded by a script that compares
+// its head: another subscriber's record is not touched, ready is never replaced
+// by less, and an older event never replaces a newer one. So redelivery, replay
 // and disorder are harmless, and Redis can be rebuilt from FP_ENRICHED.
 package persister
 
@@ -43,17 +43,22 @@ func Run(ctx context.Context, cfg Config, p *ops.Process) error {
 		return fmt.Errorf("REDIS_URL: %w", err)
 	}
 	defer rdb.Close()
-	return runWith(ctx, cfg, p, rdb, newStore(rdb, cfg.TTL))
+	return runWith(ctx, cfg, p, rdb, func() recordStore { return newStore(rdb, cfg.TTL) })
 }
 
-func runWith(ctx context.Context, cfg Config, p *ops.Process, rdb redis.UniversalClient, store recordStore) error {
+// runWith is Run with a store for each durable: whether records stand already
+// differs between them.
+func runWith(ctx context.Context, cfg Config, p *ops.Process, rdb redis.UniversalClient, newStore func() recordStore) error {
 	conn, err := streams.Connect(cfg.NATS, p.Log, p.Registry)
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
 
-	h := &handler{store: store, detail: cfg.Event, metrics: newMetrics(p.Registry), now: time.Now, tracer: p.Tracer}
+	m := newMetrics(p.Registry)
+	newHandler := func() *handler {
+		return &handler{store: newStore(), detail: cfg.Event, metrics: m, now: time.Now, tracer: p.Tracer}
+	}
 	work := func(stream, durable string, batches int, handle streams.Handler) streams.Work {
 		return streams.Work{Handle: handle, Consumer: streams.Consumer{
 			Stream: stream, Durable: durable, Concurrency: batches, Batch: cfg.Batch, Linger: cfg.Linger,
@@ -68,9 +73,9 @@ func runWith(ctx context.Context, cfg Config, p *ops.Process, rdb redis.Universa
 	defer watching.Wait()
 	defer stopWatching()
 	return streams.RunStage(ctx, streams.StagePersister, conn, streams.NewPublisher(conn.JS, p.Registry), p,
-		work(streams.StreamEnriched, streams.DurablePersister, writers, h.persist),
-		work(streams.StreamBackfill, streams.DurablePersisterBackfill, 1, h.persist),
-		work(streams.StreamIngest, streams.DurablePending, 1, h.mark),
+		work(streams.StreamEnriched, streams.DurablePersister, writers, newHandler().persist),
+		work(streams.StreamBackfill, streams.DurablePersisterBackfill, 1, newHandler().persist),
+		work(streams.StreamIngest, streams.DurablePending, 1, newHandler().mark),
 	)
 }
 

@@ -141,8 +141,12 @@ func arbitrary(rng *rand.Rand, round, subscribers int) message {
 	return ended(id, sub, s, at, 1+rng.IntN(1000))
 }
 
-func newHandler(rdb redis.UniversalClient) *handler {
-	return &handler{store: newStore(rdb, time.Hour), detail: EventLean, metrics: newMetrics(prometheus.NewRegistry()), now: time.Now}
+// newHandler returns a handler that tries batches of many or more without the
+// script.
+func newHandler(rdb redis.UniversalClient, many int) *handler {
+	s := newStore(rdb, time.Hour)
+	s.many = many
+	return &handler{store: s, detail: EventLean, metrics: newMetrics(prometheus.NewRegistry()), now: time.Now}
 }
 
 func seeded(t *testing.T) *rand.Rand {
@@ -164,7 +168,7 @@ func TestRecordsEqualModelInAnyInterleaving(t *testing.T) {
 	rdb := client(t, streamstest.NewRedis(t).URL())
 	rng := seeded(t)
 	for round := range 150 {
-		h, m := newHandler(rdb), model{}
+		h, m := newHandler(rdb, 1+rng.IntN(4)), model{}
 		if err := rdb.FlushDB(t.Context()).Err(); err != nil {
 			t.Fatal(err)
 		}
@@ -172,7 +176,7 @@ func TestRecordsEqualModelInAnyInterleaving(t *testing.T) {
 		for range 1 + rng.IntN(25) {
 			switch rng.IntN(20) {
 			case 0: // the persister restarts
-				h = newHandler(rdb)
+				h = newHandler(rdb, 1+rng.IntN(4))
 			case 1: // a server that was failed over to knows no scripts
 				rdb.ScriptFlush(t.Context())
 			case 2: // Redis restarts and has forgotten all
@@ -233,7 +237,7 @@ func TestRecordsEqualModelWithReplicas(t *testing.T) {
 		}
 		var replicas sync.WaitGroup
 		for range 4 {
-			h, own := newHandler(rdb), slices.Clone(msgs)
+			h, own := newHandler(rdb, 1), slices.Clone(msgs)
 			rng.Shuffle(len(own), func(i, j int) { own[i], own[j] = own[j], own[i] })
 			replicas.Go(func() {
 				for _, msg := range own {

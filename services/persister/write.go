@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/redis/go-redis/v9"
@@ -38,6 +39,7 @@ type write struct {
 	span trace.Span
 	// Set by store.
 	outcome outcome
+	created bool // nothing stood there
 	err     error
 }
 
@@ -46,11 +48,15 @@ type store struct {
 	rdb redis.UniversalClient
 	ttl time.Duration
 	sha string
+	// absent is whether most of the last batch stood nowhere yet; then a batch
+	// of many or more is tried without the script.
+	absent atomic.Bool
+	many   int
 }
 
 func newStore(rdb redis.UniversalClient, ttl time.Duration) *store {
 	sum := sha1.Sum([]byte(guard)) // the name Redis knows a script by
-	return &store{rdb: rdb, ttl: ttl, sha: hex.EncodeToString(sum[:])}
+	return &store{rdb: rdb, ttl: ttl, sha: hex.EncodeToString(sum[:]), many: 32}
 }
 
 // put writes a batch in one pipeline and sets each write's outcome or error.
@@ -65,21 +71,53 @@ func (s *store) put(ctx context.Context, now time.Time, batch []*write) {
 		}
 		due = append(due, w)
 	}
-	if len(due) == 0 {
-		return
+	// Where nothing stands there is nothing to guard, and the script costs
+	// Redis three copies of a record instead of one: a backlog after Redis
+	// lost its data goes without.
+	guarded := due
+	if len(due) >= s.many && s.absent.Load() {
+		guarded = s.create(ctx, due)
 	}
-	s.run(ctx, due, s.sha, redis.Pipeliner.EvalSha)
+	s.run(ctx, guarded, s.sha, redis.Pipeliner.EvalSha)
 	// A server that has just started, or was failed over to, does not know
 	// the script: send it along once.
 	var unknown []*write
-	for _, w := range due {
+	for _, w := range guarded {
 		if redis.HasErrorPrefix(w.err, "NOSCRIPT") {
 			unknown = append(unknown, w)
 		}
 	}
-	if len(unknown) > 0 {
-		s.run(ctx, unknown, guard, redis.Pipeliner.Eval)
+	s.run(ctx, unknown, guard, redis.Pipeliner.Eval)
+
+	created := 0
+	for _, w := range due {
+		if w.created {
+			created++
+		}
 	}
+	s.absent.Store(2*created > len(due))
+}
+
+// create writes each record where nothing stands, and returns those where
+// something does.
+func (s *store) create(ctx context.Context, batch []*write) (exist []*write) {
+	pipe := s.rdb.Pipeline()
+	cmds := make([]*redis.Cmd, len(batch))
+	for i, w := range batch {
+		cmds[i] = pipe.Do(ctx, "set", record.Key(w.rec.RequestID), w.body, "pxat", s.expiry(w.rec).UnixMilli(), "nx")
+	}
+	_, _ = pipe.Exec(ctx) // each command carries its own error
+	for i, w := range batch {
+		switch err := cmds[i].Err(); {
+		case errors.Is(err, redis.Nil):
+			exist = append(exist, w)
+		case err != nil:
+			w.err = fmt.Errorf("write record: %w", err)
+		default:
+			w.outcome, w.created = written, true
+		}
+	}
+	return exist
 }
 
 func (s *store) expiry(r record.Record) time.Time { return r.AcceptedAt.Add(s.ttl) }
@@ -87,6 +125,9 @@ func (s *store) expiry(r record.Record) time.Time { return r.AcceptedAt.Add(s.tt
 type evalFunc func(p redis.Pipeliner, ctx context.Context, script string, keys []string, args ...any) *redis.Cmd
 
 func (s *store) run(ctx context.Context, batch []*write, script string, eval evalFunc) {
+	if len(batch) == 0 {
+		return
+	}
 	pipe := s.rdb.Pipeline()
 	cmds := make([]*redis.Cmd, len(batch))
 	for i, w := range batch {
@@ -97,6 +138,9 @@ func (s *store) run(ctx context.Context, batch []*write, script string, eval eva
 	for i, w := range batch {
 		reply, err := cmds[i].Text()
 		w.outcome, w.err = outcome(reply), err
+		if w.created = reply == "created"; w.created {
+			w.outcome = written
+		}
 		switch {
 		case wrongType(err):
 			w.outcome, w.err = unreadable, nil

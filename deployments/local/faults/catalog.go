@@ -152,7 +152,7 @@ func pointFaults() (all []fault) {
 		{prefetcher, "before-publish", "nats", "HPUB fp.enriched.", true, false},
 		{prefetcher, "before-puback", "nats", `{"stream":"FP_ENRICHED"`, false, false},
 		{prefetcher, "before-ack", "nats", "PUB $JS.ACK.", true, false},
-		{persister, "before-write", "redis", "evalsha", true, false},
+		{persister, "before-write", "redis", "fp:prefetch:", true, false},
 		{persister, "before-written", "redis", "written", false, false},
 		{persister, "before-ack", "nats", "PUB $JS.ACK.", true, false},
 	} {
