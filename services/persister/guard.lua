@@ -5,11 +5,9 @@
 -- ARGV     1 record  2 status  3 accepted_at  4 subscriber_id  5 expiry, Unix ms
 -- Returns  created | written | superseded | foreign | unreadable
 --
--- Of two records of one subscriber the larger of (is it ready, accepted_at,
--- pending last) stands; equals are rewritten. An id is the subscriber's whose
--- event was accepted first: a marker of a later one, written first because this
--- one's waited behind a fault, gives way. Times are of fixed width, so comparing
--- text compares time.
+-- Of two records the larger of (is it ready, accepted_at, pending last) stands.
+-- Times are of fixed width, so comparing text compares time; equals are
+-- rewritten.
 local function rank(status, accepted_at)
   return (status == 'ready' and '1' or '0') .. accepted_at .. (status == 'pending' and '0' or '1')
 end
@@ -18,11 +16,8 @@ if head ~= '' then
   local status, accepted_at, subscriber_id =
     string.match(head, '^{"schema":%d+,"status":"([a-z_]+)","accepted_at":"([^"]+)","subscriber_id":(%d+)[,}]')
   if not status then return 'unreadable' end
-  if subscriber_id ~= ARGV[4] then
-    if status ~= 'pending' or accepted_at <= ARGV[3] then return 'foreign' end
-  elseif rank(status, accepted_at) > rank(ARGV[2], ARGV[3]) then
-    return 'superseded'
-  end
+  if subscriber_id ~= ARGV[4] then return 'foreign' end
+  if rank(status, accepted_at) > rank(ARGV[2], ARGV[3]) then return 'superseded' end
 end
 redis.call('SET', KEYS[1], ARGV[1], 'PXAT', ARGV[5])
 return head == '' and 'created' or 'written'

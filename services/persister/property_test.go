@@ -39,9 +39,9 @@ func (m model) write(id string, p place) outcome {
 	switch {
 	case p.at <= time.Now().Add(-time.Hour).UnixNano():
 		return expired
-	case ok && have.subscriber != p.subscriber && (have.terminal || have.at <= p.at):
+	case ok && have.subscriber != p.subscriber:
 		return foreign
-	case ok && have.subscriber == p.subscriber && larger(have, p):
+	case ok && larger(have, p):
 		return superseded
 	}
 	m[id] = p

@@ -26,7 +26,7 @@ type outcome string
 const (
 	written    outcome = "written"
 	superseded outcome = "superseded" // something larger stands there
-	foreign    outcome = "foreign"    // another subscriber's record stands there, or its marker of an earlier event
+	foreign    outcome = "foreign"    // another subscriber's record stands there
 	unreadable outcome = "unreadable" // something that is no record stands there
 	expired    outcome = "expired"    // its time was over; nothing was written
 )

@@ -166,9 +166,9 @@ func (w *watch) saw(s *seen, epoch int, value string) {
 	}
 	n, _ := strconv.ParseInt(m[3], 10, 64) // digits, by the form
 	now := head{record.Status(m[1]), m[2], n}
-	if same && now.Subscriber != s.head.Subscriber && (s.head.Status != record.Pending || now.AcceptedAt >= s.head.AcceptedAt) {
+	if same && now.Subscriber != s.head.Subscriber {
 		found(foreign, "a record of subscriber %d became subscriber %d's", s.head.Subscriber, now.Subscriber)
-	} else if same && now.Subscriber == s.head.Subscriber && now.rank() < s.head.rank() {
+	} else if same && now.rank() < s.head.rank() {
 		found(backwards, "%s of %s became %s of %s", s.head.Status, s.head.AcceptedAt, now.Status, now.AcceptedAt)
 	}
 	s.head, s.exists, s.epoch = now, true, epoch
