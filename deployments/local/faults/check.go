@@ -30,17 +30,18 @@ const (
 	givenUp    class = "given up"   // dead-lettered although nothing was wrong with it
 
 	duplicate class = "duplicate" // the same effect twice; seen by nobody but counted
+	overtaken class = "overtaken" // another subscriber's event accepted later was the first to be written
 )
 
 // classes lists them in the order of the report.
 func classes() []class {
-	return []class{ok, recovered, unknown, rejected, duplicate, lost, stuck, unexpected, wrong, foreign, backwards, givenUp}
+	return []class{ok, recovered, unknown, rejected, duplicate, overtaken, lost, stuck, unexpected, wrong, foreign, backwards, givenUp}
 }
 
 // bad reports whether one of a class fails the run.
 func (c class) bad() bool {
 	switch c {
-	case ok, recovered, unknown, rejected, duplicate:
+	case ok, recovered, unknown, rejected, duplicate, overtaken:
 		return false
 	}
 	return true
@@ -105,7 +106,9 @@ type history struct {
 	// Losses are the times at which Redis lost data. To whom an id posted by
 	// two subscribers belongs is settled anew by what is replayed first.
 	Losses []time.Time
-	// Seen are findings of the watch.
+	// First is whose record was written first since then, by request id.
+	First map[string]int64
+	// Seen are findings of the watch, and in what Redis wrote down.
 	Seen []finding
 }
 
@@ -169,7 +172,7 @@ func check(h history) verdict {
 	for id, all := range byID {
 		rec, exists := h.Records[id]
 		if exists {
-			v.checkRecord(rec, all, want[id], h.Losses)
+			v.checkRecord(rec, all, want[id], h)
 		}
 		times := map[event]int{}
 		for _, s := range all {
@@ -257,21 +260,26 @@ func (v *verdict) fate(h history, s stored, rec final, exists bool, dead map[eve
 
 // checkRecord judges a record by what FP_INGEST holds of its id, in the order
 // of acceptance, and by what the vendor knows.
-func (v *verdict) checkRecord(rec final, all []stored, want record.Status, losses []time.Time) {
+func (v *verdict) checkRecord(rec final, all []stored, want record.Status, h history) {
 	newest := -1
 	for i, s := range all {
 		if s.event == rec.event && s.AcceptedAt.Equal(rec.AcceptedAt) {
 			newest = i
 		}
 	}
-	owner := all[0].Subscriber
-	unsettled := slices.ContainsFunc(losses, func(t time.Time) bool { return t.After(all[0].AcceptedAt) })
+	owner, ok := h.First[rec.ID]
+	if !ok {
+		v.add(unexpected, rec.ID, "there is a record, and Redis wrote none down")
+	}
+	if owner != all[0].Subscriber && !slices.ContainsFunc(h.Losses, func(t time.Time) bool { return t.After(all[0].AcceptedAt) }) {
+		v.Counts[overtaken]++
+	}
 	switch {
 	case newest < 0 && !slices.ContainsFunc(all, func(s stored) bool { return s.Subscriber == rec.Subscriber }):
 		v.add(foreign, rec.ID, "the record is subscriber %d's, who never handed in this id", rec.Subscriber)
 	case newest < 0:
 		v.add(unexpected, rec.ID, "the record is of no event that FP_INGEST holds")
-	case rec.Subscriber != owner && !unsettled:
+	case rec.Subscriber != owner:
 		v.add(foreign, rec.ID, "the record is subscriber %d's and the id was subscriber %d's before", rec.Subscriber, owner)
 	case slices.ContainsFunc(all[newest+1:], func(s stored) bool { return s.Subscriber == rec.Subscriber }):
 		v.add(backwards, rec.ID, "the record is of %s, and a newer event of the same subscriber was accepted", rec.AcceptedAt.Format(time.RFC3339Nano))

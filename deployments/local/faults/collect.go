@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"strconv"
 	"time"
 
@@ -80,7 +81,15 @@ func (s *system) collect(ctx context.Context, posts []*post) (h history, err err
 	for _, p := range posts {
 		wanted[p.ID] = true
 	}
-	return h, s.readRecords(ctx, wanted, h.Records)
+	if err := s.readRecords(ctx, wanted, h.Records); err != nil {
+		return h, err
+	}
+	w, err := readWritten(filepath.Join(s.dir, "redis", "appendonlydir"))
+	if err != nil {
+		return h, err
+	}
+	h.First, h.Seen = w.First, w.Found
+	return h, nil
 }
 
 // scan calls f for every message of a stream.

@@ -246,7 +246,7 @@ func run(ctx context.Context, o options, stderr io.Writer) (_ *report, err error
 	if err != nil {
 		return nil, fmt.Errorf("collect what is there at the end: %w", err)
 	}
-	h.Waiting, h.Seen = waiting, r.watch.backwards
+	h.Waiting, h.Seen = waiting, append(h.Seen, r.watch.backwards...)
 	rep.Verdict = check(h)
 	sys.mu.Lock()
 	rep.Crashes = slices.Clone(sys.crashes)

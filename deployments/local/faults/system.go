@@ -135,9 +135,10 @@ func newSystem(dir, bin, old string, rate int) (_ *system, err error) {
 	}
 	s.redisAddr = ports.free()
 	_, port, _ := net.SplitHostPort(s.redisAddr)
-	// As in deployments/k8s, apart from who may connect.
+	// As in deployments/k8s, apart from who may connect, and that the file of
+	// all writes is never rewritten: it is read at the end.
 	s.add("redis", redisServer, nil, "--port", port, "--bind", "127.0.0.1", "--dir", filepath.Join(dir, "redis"),
-		"--appendonly", "yes", "--appendfsync", "everysec", "--save", "", "--maxmemory", "2gb", "--maxmemory-policy", "noeviction")
+		"--appendonly", "yes", "--appendfsync", "everysec", "--auto-aof-rewrite-percentage", "0", "--save", "", "--maxmemory", "2gb", "--maxmemory-policy", "noeviction")
 	s.vendor = "vendor-key-0"
 	s.vendorAddr = ports.free()
 	s.add("vendor", self, nil, "faults", serveArg, "vendor", s.vendorAddr, s.vendor)

@@ -119,7 +119,7 @@ func (w *watch) look(ctx context.Context) {
 	defer cancel()
 	cmds, err := w.sys.rdb.Pipelined(ctx, func(p redis.Pipeliner) error {
 		for _, s := range batch {
-			p.GetRange(ctx, record.Key(s.id), 0, 159)
+			p.GetRange(ctx, record.Key(s.id), 0, headBytes-1)
 		}
 		return nil
 	})
@@ -142,34 +142,40 @@ func (w *watch) look(ctx context.Context) {
 	w.unfinished = still
 }
 
+// headBytes is more than the first members take.
+const headBytes = 160
+
 var headForm = regexp.MustCompile(`^\{"schema":\d+,"status":"([a-z_]+)","accepted_at":"([^"]+)","subscriber_id":(\d+)[,}]`)
 
 // saw compares what is there with what was there. w.mu is held.
 func (w *watch) saw(s *seen, epoch int, value string) {
-	found := func(c class, format string, args ...any) {
-		w.backwards = append(w.backwards, finding{c, s.id, "seen during the run: " + fmt.Sprintf(format, args...)})
+	if c, text := s.next(epoch, value); c != "" {
+		w.backwards = append(w.backwards, finding{c, s.id, "seen during the run: " + text})
 	}
-	same := s.exists && s.epoch == epoch // Redis has lost nothing since
-	m := headForm.FindStringSubmatch(value)
-	switch {
-	case value == "" && same:
-		found(backwards, "a %s record vanished", s.head.Status)
-	case value == "":
-		return
-	case m == nil:
-		found(unexpected, "the key holds something that is no record")
-		return
-	}
+}
+
+// next compares the head of a record with the one before, and returns what is
+// wrong with it, if anything. Redis loses nothing within an epoch.
+func (s *seen) next(epoch int, value string) (c class, text string) {
+	same := s.exists && s.epoch == epoch
 	if value == "" {
-		s.exists = false
-		return
+		if s.exists = s.exists && !same; same {
+			return backwards, fmt.Sprintf("a %s record vanished", s.head.Status)
+		}
+		return "", ""
+	}
+	m := headForm.FindStringSubmatch(value)
+	if m == nil {
+		return unexpected, "the key holds something that is no record"
 	}
 	n, _ := strconv.ParseInt(m[3], 10, 64) // digits, by the form
-	now := head{record.Status(m[1]), m[2], n}
-	if same && now.Subscriber != s.head.Subscriber {
-		found(foreign, "a record of subscriber %d became subscriber %d's", s.head.Subscriber, now.Subscriber)
-	} else if same && now.rank() < s.head.rank() {
-		found(backwards, "%s of %s became %s of %s", s.head.Status, s.head.AcceptedAt, now.Status, now.AcceptedAt)
-	}
+	before, now := s.head, head{record.Status(m[1]), m[2], n}
 	s.head, s.exists, s.epoch = now, true, epoch
+	switch {
+	case same && now.Subscriber != before.Subscriber:
+		return foreign, fmt.Sprintf("a record of subscriber %d became subscriber %d's", before.Subscriber, now.Subscriber)
+	case same && now.rank() < before.rank():
+		return backwards, fmt.Sprintf("%s of %s became %s of %s", before.Status, before.AcceptedAt, now.Status, now.AcceptedAt)
+	}
+	return "", ""
 }
