@@ -5,8 +5,10 @@ import (
 	"cmp"
 	"encoding/json"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -132,9 +134,10 @@ type peer struct {
 	}
 }
 
+// render returns the objects of an overlay, or of another directory.
 func render(t *testing.T, overlay string) []object {
 	t.Helper()
-	rendered, err := krusty.MakeKustomizer(krusty.MakeDefaultOptions()).Run(filesys.MakeFsOnDisk(), "overlays/"+overlay)
+	rendered, err := krusty.MakeKustomizer(krusty.MakeDefaultOptions()).Run(filesys.MakeFsOnDisk(), filepath.Join("overlays", overlay))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -176,47 +179,54 @@ func forEachOverlay(t *testing.T, check func(t *testing.T, objects []object)) {
 }
 
 func TestPodsAreRestricted(t *testing.T) {
-	forEachOverlay(t, func(t *testing.T, objects []object) {
-		for _, o := range objects {
-			if o.Kind == "Namespace" && o.Metadata.Labels["pod-security.kubernetes.io/enforce"] != "restricted" {
-				t.Error("the namespace does not enforce the restricted standard")
-			}
-			if o.Kind == "Secret" {
-				t.Errorf("secret %s is in the manifests", o.Metadata.Name)
+	forEachOverlay(t, restricted)
+	t.Run("console", func(t *testing.T) { restricted(t, render(t, console)) })
+}
+
+// console is rendered like an overlay.
+const console = "../console"
+
+func restricted(t *testing.T, objects []object) {
+	t.Helper()
+	for _, o := range objects {
+		if o.Kind == "Namespace" && o.Metadata.Labels["pod-security.kubernetes.io/enforce"] != "restricted" {
+			t.Error("the namespace does not enforce the restricted standard")
+		}
+		if o.Kind == "Secret" {
+			t.Errorf("secret %s is in the manifests", o.Metadata.Name)
+		}
+	}
+	for _, o := range workloads(objects) {
+		p := o.Spec.Template.Spec
+		fail := func(bad bool, what string) {
+			t.Helper()
+			if bad {
+				t.Errorf("%s %s: %s", o.Kind, o.Metadata.Name, what)
 			}
 		}
-		for _, o := range workloads(objects) {
-			p := o.Spec.Template.Spec
-			fail := func(bad bool, what string) {
-				t.Helper()
-				if bad {
-					t.Errorf("%s %s: %s", o.Kind, o.Metadata.Name, what)
-				}
+		fail(o.Metadata.Namespace != "fingerprint-prefetch", "in another namespace")
+		restrictPod(fail, p)
+		mounted := map[string]bool{}
+		for _, v := range p.Volumes {
+			fail(v.Secret == nil && v.ConfigMap == nil && v.EmptyDir == nil, "mounts more than secrets, settings and scratch space")
+			fail(v.Secret != nil && v.Secret.DefaultMode != 0o440, "has a secret that others may read")
+		}
+		for _, c := range slices.Concat(p.InitContainers, p.Containers) {
+			restrictContainer(t, fail, c)
+			_, tag, tagged := strings.Cut(c.Image, ":")
+			fail(!tagged || tag == "latest", "image "+c.Image+" has no version")
+			fail(len(c.EnvFrom) > 0, "takes its environment from elsewhere")
+			for _, m := range c.VolumeMounts {
+				mounted[m.MountPath] = true
 			}
-			fail(o.Metadata.Namespace != "fingerprint-prefetch", "in another namespace")
-			restrictPod(fail, p)
-			mounted := map[string]bool{}
-			for _, v := range p.Volumes {
-				fail(v.Secret == nil && v.ConfigMap == nil && v.EmptyDir == nil, "mounts more than secrets, settings and scratch space")
-				fail(v.Secret != nil && v.Secret.DefaultMode != 0o440, "has a secret that others may read")
-			}
-			for _, c := range slices.Concat(p.InitContainers, p.Containers) {
-				restrictContainer(t, fail, c)
-				_, tag, tagged := strings.Cut(c.Image, ":")
-				fail(!tagged || tag == "latest", "image "+c.Image+" has no version")
-				fail(len(c.EnvFrom) > 0, "takes its environment from elsewhere")
-				for _, m := range c.VolumeMounts {
-					mounted[m.MountPath] = true
-				}
-				for _, e := range c.Env {
-					fail(e.ValueFrom != nil && e.ValueFrom.SecretKeyRef != nil, e.Name+" is a secret in the environment")
-					if dir, _, ok := cutLast(e.Value, "/"); ok && strings.HasSuffix(e.Name, "_FILE") {
-						fail(!mounted[dir], e.Name+" names a file nobody mounts")
-					}
+			for _, e := range c.Env {
+				fail(e.ValueFrom != nil && e.ValueFrom.SecretKeyRef != nil, e.Name+" is a secret in the environment")
+				if dir, _, ok := cutLast(e.Value, "/"); ok && strings.HasSuffix(e.Name, "_FILE") {
+					fail(!mounted[dir], e.Name+" names a file nobody mounts")
 				}
 			}
 		}
-	})
+	}
 }
 
 func restrictPod(fail func(bad bool, what string), p podSpec) {
@@ -391,7 +401,7 @@ func allowed(objects []object, direction string, pod, other endpoint, own bool, 
 }
 
 func TestFlows(t *testing.T) {
-	objects := render(t, "production")
+	objects := slices.Concat(render(t, "production"), render(t, console))
 	here := map[string]string{"kubernetes.io/metadata.name": "fingerprint-prefetch"}
 	endpoints := map[string]endpoint{
 		"gateway":    {namespace: map[string]string{"fingerprint-prefetch/gateway": "true"}},
@@ -411,10 +421,10 @@ func TestFlows(t *testing.T) {
 	want := map[string]bool{}
 	for _, f := range []string{
 		"gateway ingest 8080", "scorer redis 6379", "persister redis 6379", "prefetcher redis 6379", "nats nats 6222",
-		"ingest nats 4222", "prefetcher nats 4222", "persister nats 4222", "exporter nats 4222", "streams nats 4222",
+		"ingest nats 4222", "prefetcher nats 4222", "persister nats 4222", "exporter nats 4222", "streams nats 4222", "console nats 4222", "console redis 6379",
 		"prometheus ingest 9101", "prometheus prefetcher 9102", "prometheus persister 9103", "prometheus exporter 9104",
 		"prefetcher 203.0.113.9 443", "prefetcher 2606:4700::1 443",
-		"ingest dns 53", "prefetcher dns 53", "persister dns 53", "exporter dns 53", "streams dns 53", "nats dns 53", "redis dns 53",
+		"ingest dns 53", "prefetcher dns 53", "persister dns 53", "exporter dns 53", "streams dns 53", "console dns 53", "nats dns 53", "redis dns 53",
 	} {
 		want[f] = true
 	}
@@ -442,6 +452,43 @@ func TestFlows(t *testing.T) {
 		}
 	}
 	t.Logf("%d flows, %d of them allowed", n, len(want))
+}
+
+// TestAddressBlocksAreValid holds the policies to what the API server demands
+// beyond the schema: validation.ValidateIPBlock of Kubernetes, which compares
+// with net.IPNet. To that, ::ffff:0:0/96 is IPv4 and in no block of IPv6.
+func TestAddressBlocksAreValid(t *testing.T) {
+	n := 0
+	check := func(t *testing.T, objects []object) {
+		for _, o := range objects {
+			for _, r := range slices.Concat(o.Spec.Ingress, o.Spec.Egress) {
+				for _, p := range slices.Concat(r.From, r.To) {
+					if p.IPBlock == nil {
+						continue
+					}
+					_, block, err := net.ParseCIDR(p.IPBlock.CIDR.String())
+					if err != nil {
+						t.Fatal(err)
+					}
+					for _, e := range p.IPBlock.Except {
+						n++
+						ip, except, err := net.ParseCIDR(e.String())
+						if err != nil || !except.IP.Equal(ip) {
+							t.Fatalf("%s is no block: %v", e, err)
+						}
+						outer, _ := block.Mask.Size()
+						if inner, _ := except.Mask.Size(); !block.Contains(except.IP) || inner <= outer || e.Addr().Is4In6() {
+							t.Errorf("%s: the API server refuses %s within %s", o.Metadata.Name, e, p.IPBlock.CIDR)
+						}
+					}
+				}
+			}
+		}
+	}
+	forEachOverlay(t, check)
+	if n < 10 {
+		t.Errorf("only %d exceptions seen", n)
+	}
 }
 
 // TestSizesFitTheLoad holds every limit against the formulas of the README, for
