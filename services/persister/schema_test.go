@@ -240,6 +240,14 @@ func TestScorerPageReadersWork(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	ready := rdb.Get(t.Context(), record.Key("ready")).Val()
+	nameless := strings.Replace(ready, `"visitor_id":"Ibk1527CUFmcnjLwIs4A9"`, `"visitor_id":null`, 1)
+	if nameless == ready {
+		t.Fatal("the page's ready record has another visitor")
+	}
+	if err := rdb.Set(t.Context(), record.Key("nameless"), strings.Replace(nameless, `"request_id":"ready"`, `"request_id":"nameless"`, 1), 0).Err(); err != nil {
+		t.Fatal(err)
+	}
 	goReader, pyReader := blocks(t, "go"), blocks(t, "python")
 	if len(goReader) != 1 || len(pyReader) != 1 {
 		t.Fatalf("%d readers in Go, %d in Python", len(goReader), len(pyReader))
@@ -260,6 +268,7 @@ func TestScorerPageReadersWork(t *testing.T) {
 		id, want   string
 	}{
 		{12, "ready", "ready, visitor Ibk1527CUFmcnjLwIs4A9"},
+		{12, "nameless", "ready, visitor not told"},
 		{12, "pending", "pending"},
 		{12, "not_found", "negative, event_not_found"},
 		{12, "rejected", "negative, event_id_invalid"},
@@ -295,7 +304,7 @@ def get(key):
 
 outcome, record = lookup_wait(get, int(sys.argv[2]), sys.argv[3], 0.3)
 if outcome == "ready":
-    print("ready, visitor", record["signals"]["visitor_id"])
+    print("ready, visitor", record["signals"]["visitor_id"] or "not told")
 elif outcome == "negative":
     print("negative,", record["reason"])
 else:
