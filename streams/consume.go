@@ -54,6 +54,9 @@ const (
 	// progressEvery keeps held messages from being given to somebody else.
 	progressEvery = AckWait / 6
 
+	// deadRetry is how long a message waits whose dead letter has no room.
+	deadRetry = 5 * time.Second
+
 	holdMin = 250 * time.Millisecond
 	holdMax = 5 * time.Second
 
@@ -82,7 +85,7 @@ func (c *Consumer) Run(ctx context.Context, handle Handler) error {
 	r := &runner{
 		Consumer: &conf, handle: handle, metrics: conf.Metrics.of(conf.Durable),
 		held:    map[uint64]*Delivery{},
-		settled: make(map[uint64]struct{}, settledMemory),
+		settled: make(map[uint64]time.Time, settledMemory),
 		results: make(chan result, conf.Concurrency),
 		found:   make(chan lookup, 1),
 		allowed: conf.Concurrency,
@@ -114,9 +117,9 @@ type runner struct {
 	suspects []*Delivery
 	parked   parking
 	unacked  []*Delivery
-	pending  uint64 // how many wait in the stream, by the latest delivery
-	newest   uint64 // highest sequence delivered
-	settled  map[uint64]struct{}
+	pending  uint64               // how many wait in the stream, by the latest delivery
+	newest   uint64               // highest sequence delivered
+	settled  map[uint64]time.Time // when each was stored: a restored stream may use a sequence again
 	ring     [settledMemory]uint64
 	ringNext int
 

@@ -106,7 +106,10 @@ func (r *runner) call(ctx context.Context, batch []*Delivery, number int, alone 
 		if dec.kind != deadLetter {
 			continue
 		}
-		if err := r.publishDead(context.WithoutCancel(ctx), batch[i], dec); err != nil {
+		switch err := r.publishDead(context.WithoutCancel(ctx), batch[i], dec); {
+		case errors.Is(err, ErrStreamFull): // no reason to keep from the others what is theirs
+			res.decisions[i] = RetryAfter(deadRetry, fmt.Errorf("dead letter: %w", err))
+		case err != nil:
 			res.decisions[i] = Hold(CauseNATS, fmt.Errorf("dead letter: %w", err))
 		}
 	}
@@ -169,7 +172,7 @@ func (r *runner) park(d *Delivery, now time.Time, after time.Duration) {
 // ack acknowledges d. When that cannot be sent, d stays in hand and is tried
 // again, since its work is done and must not be done twice.
 func (r *runner) ack(d *Delivery) {
-	r.remember(d.Sequence)
+	r.remember(d)
 	if err := d.msg.Ack(); err != nil && !errors.Is(err, jetstream.ErrMsgAlreadyAckd) {
 		r.metrics.ackFailures.Inc()
 		r.unacked = append(r.unacked, d)
@@ -178,13 +181,13 @@ func (r *runner) ack(d *Delivery) {
 	delete(r.held, d.Sequence)
 }
 
-func (r *runner) remember(seq uint64) {
-	if _, ok := r.settled[seq]; ok {
+func (r *runner) remember(d *Delivery) {
+	_, known := r.settled[d.Sequence]
+	if r.settled[d.Sequence] = d.stored; known {
 		return
 	}
 	delete(r.settled, r.ring[r.ringNext])
-	r.ring[r.ringNext] = seq
-	r.settled[seq] = struct{}{}
+	r.ring[r.ringNext] = d.Sequence
 	r.ringNext = (r.ringNext + 1) % settledMemory
 }
 

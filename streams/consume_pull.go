@@ -29,12 +29,23 @@ func (r *runner) request(ctx context.Context, now time.Time) {
 	if n <= 0 {
 		return
 	}
+	if !r.connected() {
+		r.unreachable(fmt.Errorf("pull: %w", nats.ErrDisconnected))
+		return
+	}
 	pull, err := r.durable.Fetch(n, jetstream.FetchMaxWait(pullExpiry))
 	if err != nil {
 		r.unreachable(fmt.Errorf("pull: %w", err))
 		return
 	}
 	r.pull, r.pulled = pull, pull.Messages()
+}
+
+// connected is asked first because a Fetch without a connection fails and leaves
+// its subscription behind (nats.go v1.55.0).
+func (r *runner) connected() bool {
+	nc := r.JS.Conn()
+	return nc == nil || nc.IsConnected() // nil is a test's
 }
 
 // wanted is how many messages may be pulled now.
@@ -113,7 +124,7 @@ func (r *runner) receive(msg jetstream.Msg, open bool) {
 		d.msg, d.delivered, d.touched = msg, int(md.NumDelivered), now
 		return
 	}
-	if _, ok := r.settled[seq]; ok && md.NumDelivered > 1 { // its ack got lost
+	if stored, ok := r.settled[seq]; ok && md.NumDelivered > 1 && stored.Equal(md.Timestamp) { // its ack got lost
 		d := newDelivery(msg, md, now)
 		r.held[seq] = d
 		r.ack(d)

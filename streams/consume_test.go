@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"reflect"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -214,7 +215,8 @@ func TestConsumerStoresDeadLetterBeforeAck(t *testing.T) {
 }
 
 // A dead-letter stream that refuses must not cost the message.
-func TestConsumerHoldsWhileDeadLetterCannotBeStored(t *testing.T) {
+// A message whose dead letter has no room waits, and only it.
+func TestConsumerKeepsWhatCannotBeDeadLettered(t *testing.T) {
 	s := newStage(t)
 	limit := func(n int64) {
 		cfg := streams.Definition(streams.Limits{})[3].Stream
@@ -226,12 +228,19 @@ func TestConsumerHoldsWhileDeadLetterCannotBeStored(t *testing.T) {
 	limit(1)
 	s.publish("first", "second")
 	s.Concurrency = 1
-	var calls atomic.Int32
-	s.start(streams.Each(func(context.Context, *streams.Delivery) streams.Decision {
+	var calls, sound atomic.Int32
+	s.start(streams.Each(func(_ context.Context, d *streams.Delivery) streams.Decision {
+		if string(d.Data) == "sound" {
+			sound.Add(1)
+			return streams.Done()
+		}
 		calls.Add(1)
 		return streams.DeadLetter(streams.DeadUndecodable, nil)
 	}))
-	streamstest.Eventually(t, "a second refused dead letter", func() bool { return calls.Load() >= 4 })
+	streamstest.Eventually(t, "a dead letter refused", func() bool { return calls.Load() >= 2 })
+	s.publish("sound")
+	streamstest.Eventually(t, "another message handled", func() bool { return sound.Load() == 1 })
+	streamstest.Eventually(t, "it refused again and again", func() bool { return calls.Load() >= 4 })
 	if l := s.lag(); l.Messages() != 1 {
 		t.Errorf("unfinished = %d, want the one whose dead letter was refused", l.Messages())
 	}
@@ -477,6 +486,38 @@ func TestConsumerStartsBeforeServerAndStreams(t *testing.T) {
 	s.publish("id")
 	s.settled()
 	streamstest.Eventually(t, "a report that all is well", func() bool { v, _ := reachable.Load("last"); return v == "<nil>" })
+}
+
+// While the server is away nothing is asked of the connection: each pull that
+// fails on it would leave a subscription behind.
+func TestConsumerLeavesNothingBehindWithoutAServer(t *testing.T) {
+	s := newStage(t)
+	s.publish("first")
+	s.start(streams.Each(func(context.Context, *streams.Delivery) streams.Decision { return streams.Done() }))
+	s.settled()
+	s.nats.Stop()
+	var refused atomic.Int32
+	streamstest.Eventually(t, "the loss noticed", func() bool { return !s.conn.NC.IsConnected() })
+	streamstest.Eventually(t, "the last pull ended", func() bool { return s.conn.NC.NumSubscriptions() <= 1 })
+	for range 20 {
+		if _, err := s.pub.Publish(t.Context(), streams.Message{Stream: streams.StreamIngest, Subject: streams.IngestSubject(12), ID: "x", Body: []byte("x")}); err != nil {
+			refused.Add(1)
+		}
+	}
+	if refused.Load() != 20 {
+		t.Fatal("a publish was accepted by nobody")
+	}
+	// The client library's own memory of requests; it offers no other look.
+	if n := reflect.ValueOf(s.conn.NC).Elem().FieldByName("respMap").Len(); n > 1 {
+		t.Errorf("%d requests remembered", n)
+	}
+	if n := s.conn.NC.NumSubscriptions(); n > 1 {
+		t.Errorf("%d subscriptions", n)
+	}
+	s.nats.Start()
+	streamstest.Eventually(t, "the connection won back", s.conn.NC.IsConnected)
+	s.publish("second")
+	s.settled()
 }
 
 // The server dies with messages in hand: what was finished meanwhile is acked

@@ -49,9 +49,9 @@ const (
 // Done acknowledges the message: its effect is stored downstream.
 func Done() Decision { return Decision{kind: done} }
 
-// Moved acknowledges a message of which a copy is stored in another stream. It
-// is settled like Done, but says nothing about what the stage holds for: a
-// stage that holds can still be emptied of what is better served elsewhere.
+// Moved acknowledges a message that was better served elsewhere, like one of
+// which a copy is stored in another stream, or that needed nothing. It is
+// settled like Done, but says nothing about what the stage holds for.
 func Moved() Decision { return Decision{kind: done, moved: true} }
 
 // RetryAfter looks at this message again after d. It stays in memory with its

@@ -14,7 +14,7 @@ import (
 )
 
 // EventSchema is the version written into every Event. A stage reads any
-// version up to its own and leaves a newer one to a newer replica.
+// version up to its own and keeps a newer one waiting for its successor.
 const EventSchema = 1
 
 // MaxRequestID is the longest request id in bytes. Real ones have 20; the
@@ -35,7 +35,7 @@ type Event struct {
 }
 
 // ErrNewerSchema is wrapped by DecodeEvent when the message comes from a newer
-// version: a newer replica will take it.
+// version: it waits for the one that takes this replica's place.
 var ErrNewerSchema = errors.New("newer than this stage")
 
 // DecodeEvent reads the body of an ingest message. Unknown members are

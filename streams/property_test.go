@@ -24,6 +24,8 @@ type storedMsg struct {
 
 	seq      uint64
 	at       time.Time // stored
+	earlier  uint64    // deliveries before
+	late     time.Duration
 	server   *memoryStream
 	alive    time.Time // last sign of life, or delivery
 	finished bool      // the handler has said Done
@@ -40,7 +42,7 @@ func (m *storedMsg) Headers() nats.Header { return nil }
 func (m *storedMsg) Subject() string      { return streams.IngestSubject(12) }
 
 func (m *storedMsg) Metadata() (*jetstream.MsgMetadata, error) {
-	return &jetstream.MsgMetadata{Sequence: jetstream.SequencePair{Stream: m.seq}, NumDelivered: 1, Timestamp: m.at}, nil
+	return &jetstream.MsgMetadata{Sequence: jetstream.SequencePair{Stream: m.seq}, NumDelivered: 1 + m.earlier, Timestamp: m.at}, nil
 }
 
 func (m *storedMsg) InProgress() error {
@@ -86,8 +88,10 @@ func (s *memoryStream) Fetch(n int, _ ...jetstream.FetchOpt) (jetstream.MessageB
 		for expiry := time.Now().Add(time.Second); n > 0; n-- {
 			s.mu.Lock()
 			next := expiry
-			if len(s.messages) > 0 && s.messages[0].at.Before(expiry) {
-				next = s.messages[0].at
+			if len(s.messages) > 0 {
+				if at := s.messages[0].at.Add(s.messages[0].late); at.Before(expiry) {
+					next = at
+				}
 			}
 			s.mu.Unlock()
 			time.Sleep(time.Until(next))
@@ -113,6 +117,8 @@ type memoryJS struct {
 func (j memoryJS) Consumer(context.Context, string, string) (jetstream.Consumer, error) {
 	return j.durable, nil
 }
+
+func (memoryJS) Conn() *nats.Conn { return nil }
 
 type memoryBatch chan jetstream.Msg
 
@@ -306,4 +312,48 @@ func playConsumer(t *testing.T, rng *rand.Rand, metrics *streams.ConsumerMetrics
 	if left > 0 {
 		t.Errorf("%d of %d messages are not done after an hour", left, len(all))
 	}
+}
+
+// A stream made anew, or restored, uses its sequences again. What comes under
+// one that was settled before is another message, also when others had it first.
+func TestConsumerHandlesASequenceUsedAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		server := &memoryStream{t: t}
+		begin := time.Now()
+		var all []*storedMsg
+		for i := range 3 {
+			m := &storedMsg{seq: 1, at: begin.Add(time.Duration(i) * time.Minute), server: server, finished: true}
+			all = append(all, m)
+		}
+		all[1].earlier = 1
+		again := *all[1] // the same once more: its ack got lost
+		again.earlier, again.late = 2, 30*time.Second
+		server.messages = []*storedMsg{all[0], all[1], &again, all[2]}
+		calls := 0
+		c := streams.Consumer{
+			Stage: streams.StagePrefetcher, Stream: streams.StreamIngest, Durable: streams.DurablePrefetcher, JS: memoryJS{durable: server},
+			Log: slog.New(slog.DiscardHandler), Metrics: streams.NewConsumerMetrics(prometheus.NewRegistry()),
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		stopped := make(chan error)
+		go func() {
+			stopped <- c.Run(ctx, streams.Each(func(context.Context, *streams.Delivery) streams.Decision {
+				calls++
+				return streams.Done()
+			}))
+		}()
+		time.Sleep(10 * time.Minute)
+		cancel()
+		if err := <-stopped; err != nil {
+			t.Error(err)
+		}
+		if calls != 3 {
+			t.Errorf("%d calls of the handler, want one for each message", calls)
+		}
+		for i, m := range append(all, &again) {
+			if m.acked != 1 {
+				t.Errorf("message %d acked %d times", i, m.acked)
+			}
+		}
+	})
 }

@@ -149,6 +149,11 @@ func (p *Publisher) publish(ctx context.Context, m Message) (Ack, error) {
 // client library would: that decodes each ack by reflection, which was a sixth
 // of the edge's work for an event.
 func (p *Publisher) attempt(ctx context.Context, m *nats.Msg) (Ack, error) {
+	// A request without a connection fails and is remembered for ever
+	// (nats.go v1.55.0).
+	if !p.js.Conn().IsConnected() {
+		return Ack{}, nats.ErrConnectionReconnecting
+	}
 	ctx, cancel := context.WithTimeout(ctx, publishAttempt)
 	defer cancel()
 	reply, err := p.js.Conn().RequestMsgWithContext(ctx, m)

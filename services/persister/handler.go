@@ -58,7 +58,7 @@ func (h *handler) mark(ctx context.Context, batch []*streams.Delivery) []streams
 	decisions := h.handle(ctx, batch, func(d *streams.Delivery) (*write, streams.Decision) {
 		e, err := streams.DecodeEvent(d.Data)
 		if err != nil {
-			return nil, streams.Done()
+			return nil, streams.Moved() // Redis was not asked
 		}
 		rec := streams.NewRecord(e, d.AcceptedAt, record.Pending, "")
 		body, err := rec.Encode()
@@ -131,6 +131,8 @@ func decide(w *write) streams.Decision {
 	switch {
 	case w.err != nil:
 		return streams.Hold(streams.CauseRedis, w.err)
+	case w.outcome == expired:
+		return streams.Moved() // Redis was not asked
 	case w.outcome == foreign:
 		return streams.DeadLetter(streams.DeadForeign, errors.New("the record belongs to another subscriber"))
 	case w.outcome == unreadable:

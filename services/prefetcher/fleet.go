@@ -46,7 +46,13 @@ func (b *fleetBucket) run(ctx context.Context) {
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	for {
-		if _, _, err := b.ask(ctx, firstLook, 0, 0); ctx.Err() == nil {
+		pause := time.Duration(0)
+		if b.away.Load() {
+			// What the shares have spent is still in the fleet's bucket:
+			// even the shortest pause empties it.
+			pause = time.Microsecond
+		}
+		if _, _, err := b.ask(ctx, firstLook, 0, pause); ctx.Err() == nil {
 			b.reached(err)
 		}
 		select {

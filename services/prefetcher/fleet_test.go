@@ -101,6 +101,10 @@ func TestFleetFallsBackToItsShare(t *testing.T) {
 		}
 		fault.end()
 		streamstest.Eventually(t, "the shared quota after "+name, b.shared)
+		// What the shares spent meanwhile is spent: not the whole burst again.
+		if got, _ := b.take(t.Context(), firstLook, 300); got > 150 {
+			t.Errorf("%s: %d calls at once after Redis came back", name, got)
+		}
 	}
 }
 

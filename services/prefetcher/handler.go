@@ -97,8 +97,9 @@ type look struct {
 	// end is set once it is known how the event ends; what remains is to
 	// publish it. It is kept so that a stream that refuses it costs no
 	// second call.
-	end  *record.Record
-	dead streams.DeadReason // set when the event also is to be dead-lettered
+	end       *record.Record
+	dead      streams.DeadReason // set when the event also is to be dead-lettered
+	published bool               // what remains is the dead letter
 }
 
 // handle looks at one event: at most one call, at most one result.
@@ -384,8 +385,22 @@ func callPriority(d *streams.Delivery, l *look) priority {
 	return firstLook
 }
 
-// conclude publishes how the event ended.
+// conclude publishes how the event ended, once, and has it dead-lettered if it
+// is to be.
 func (h *handler) conclude(ctx context.Context, d *streams.Delivery, l *look) streams.Decision {
+	if !l.published {
+		if dec := h.publish(ctx, d, l); !dec.IsDone() {
+			return dec
+		}
+		l.published = true
+	}
+	if l.dead != "" {
+		return streams.DeadLetter(l.dead, fmt.Errorf("%s after %d calls", l.end.Reason, l.attempts))
+	}
+	return streams.Done()
+}
+
+func (h *handler) publish(ctx context.Context, d *streams.Delivery, l *look) streams.Decision {
 	body, err := l.end.Encode()
 	if err != nil {
 		return streams.DeadLetter(streams.DeadUndecodable, err)
@@ -404,8 +419,5 @@ func (h *handler) conclude(ctx context.Context, d *streams.Delivery, l *look) st
 		span.SetAttributes(attribute.String("fp.status", string(l.end.Status)), attribute.String("fp.reason", string(l.end.Reason)))
 	}
 	h.metrics.results.WithLabelValues(string(l.end.Status), string(l.end.Reason)).Inc()
-	if l.dead != "" {
-		return streams.DeadLetter(l.dead, fmt.Errorf("%s after %d calls", l.end.Reason, l.attempts))
-	}
 	return streams.Done()
 }

@@ -314,6 +314,10 @@ func TestExhaustedByAge(t *testing.T) {
 	if r := o.records(t)[0]; r.Status != record.Failed || r.Reason != record.TooOld {
 		t.Errorf("record %+v", r)
 	}
+	// Its dead letter had no room: it alone is tried again.
+	if dec := h.handle(t.Context(), d); !dec.GivesUp() || len(o.sent) != 1 {
+		t.Errorf("decision %+v, %d records", dec, len(o.sent))
+	}
 	// What was tried says what was in the way.
 	d = delivery("tried")
 	d.AcceptedAt = time.Now().Add(-22 * time.Hour)
