@@ -41,15 +41,59 @@ var ErrWouldLose = errors.New("the change would lose something")
 
 // Diff returns what Ensure would change, and changes nothing.
 func Diff(ctx context.Context, js jetstream.JetStream, l Limits) ([]Change, error) {
-	var all []Change
-	for _, d := range Definition(l) {
-		changes, err := diffStream(ctx, js, d)
+	changes, _, err := diff(ctx, js, l)
+	return changes, err
+}
+
+// diff returns the changes, and the definition they lead to.
+func diff(ctx context.Context, js jetstream.JetStream, l Limits) ([]Change, []StreamDefinition, error) {
+	defs := Definition(l)
+	have := map[string]jetstream.Stream{}
+	for _, d := range defs {
+		name := d.Stream.Name
+		s, err := js.Stream(ctx, name)
+		if errors.Is(err, jetstream.ErrStreamNotFound) {
+			continue
+		}
 		if err != nil {
-			return nil, err
+			return nil, nil, fmt.Errorf("look up stream %s: %w", name, err)
+		}
+		have[name] = s
+	}
+	if l.Keep {
+		keep(defs, have, l)
+	}
+	var all []Change
+	for _, d := range defs {
+		changes, err := diffStream(ctx, have[d.Stream.Name], d)
+		if err != nil {
+			return nil, nil, err
 		}
 		all = append(all, changes...)
 	}
-	return all, nil
+	return all, defs, nil
+}
+
+// keep puts into a definition what the server has of that which l leaves open.
+// A stream that is missing gets as many copies as the others have.
+func keep(defs []StreamDefinition, have map[string]jetstream.Stream, l Limits) {
+	most := 1
+	for _, s := range have {
+		most = max(most, s.CachedInfo().Config.Replicas)
+	}
+	for i := range defs {
+		d := &defs[i].Stream
+		s := have[d.Name]
+		if l.Replicas == 0 {
+			d.Replicas = most
+			if s != nil {
+				d.Replicas = s.CachedInfo().Config.Replicas
+			}
+		}
+		if _, named := l.MaxBytes[d.Name]; !named && s != nil {
+			d.MaxBytes = s.CachedInfo().Config.MaxBytes
+		}
+	}
 }
 
 // Ensure creates or updates every stream and durable of the definition and
@@ -57,7 +101,7 @@ func Diff(ctx context.Context, js jetstream.JetStream, l Limits) ([]Change, erro
 // with ErrWouldLose before it touches anything when a change would lose
 // something; the changes it returns then are those it did not make.
 func Ensure(ctx context.Context, js jetstream.JetStream, l Limits, allowLoss bool) ([]Change, error) {
-	changes, err := Diff(ctx, js, l)
+	changes, defs, err := diff(ctx, js, l)
 	if err != nil {
 		return nil, err
 	}
@@ -69,7 +113,7 @@ func Ensure(ctx context.Context, js jetstream.JetStream, l Limits, allowLoss boo
 	if len(changes) == 0 {
 		return nil, nil
 	}
-	for _, d := range Definition(l) {
+	for _, d := range defs {
 		if _, err := js.CreateOrUpdateStream(ctx, d.Stream); err != nil {
 			return nil, fmt.Errorf("apply stream %s: %w", d.Stream.Name, err)
 		}
@@ -82,18 +126,15 @@ func Ensure(ctx context.Context, js jetstream.JetStream, l Limits, allowLoss boo
 	return changes, nil
 }
 
-func diffStream(ctx context.Context, js jetstream.JetStream, d StreamDefinition) ([]Change, error) {
+// diffStream compares a stream, nil for one that is missing, with its definition.
+func diffStream(ctx context.Context, s jetstream.Stream, d StreamDefinition) ([]Change, error) {
 	name := d.Stream.Name
-	s, err := js.Stream(ctx, name)
-	if errors.Is(err, jetstream.ErrStreamNotFound) {
+	if s == nil {
 		changes := []Change{{Object: name}}
 		for _, c := range d.Durables {
 			changes = append(changes, Change{Object: name + "/" + c.Durable})
 		}
 		return changes, nil
-	}
-	if err != nil {
-		return nil, fmt.Errorf("look up stream %s: %w", name, err)
 	}
 	info := s.CachedInfo()
 	f := differ{object: name}

@@ -451,4 +451,27 @@ func TestEnsureRefusesToDropCopies(t *testing.T) {
 	if left, err := streams.Diff(t.Context(), c.JS, streams.Limits{Replicas: copies}); err != nil || len(left) != 0 {
 		t.Errorf("touched: %v, %v", left, err)
 	}
+	// Told to keep, it finds nothing to do, and a stream that was lost comes
+	// back with as many copies as the others have.
+	kept := streams.Limits{Keep: true}
+	if left, err := streams.Diff(t.Context(), c.JS, kept); err != nil || len(left) != 0 {
+		t.Errorf("does not keep the copies: %v, %v", left, err)
+	}
+	if err := c.JS.DeleteStream(t.Context(), streams.StreamDead); err != nil {
+		t.Fatal(err)
+	}
+	if changes, err := streams.Ensure(t.Context(), c.JS, kept, false); err != nil || len(changes) != 1 {
+		t.Errorf("%v, %v", changes, err)
+	}
+	s, err := c.JS.Stream(t.Context(), streams.StreamDead)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := s.CachedInfo().Config.Replicas; n != copies {
+		t.Errorf("back with %d copies", n)
+	}
+	kept.Replicas = 1
+	if changes, err := streams.Diff(t.Context(), c.JS, kept); err != nil || len(changes) != 5 {
+		t.Errorf("a number that is given does not hold: %v, %v", changes, err)
+	}
 }

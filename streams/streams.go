@@ -90,6 +90,10 @@ type Limits struct {
 	Replicas int
 	// MaxBytes overrides the size limit of streams by name, in bytes.
 	MaxBytes map[string]int64
+	// Keep has Diff and Ensure leave as the server has it what Replicas, at 0,
+	// and MaxBytes do not name. A stream that is missing gets the replicas of
+	// the others.
+	Keep bool
 }
 
 const (

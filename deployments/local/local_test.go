@@ -99,7 +99,19 @@ func TestRealServersAreUsed(t *testing.T) {
 	}
 	s, err := nats.Connect("test").JS.Stream(t.Context(), "FP_INGEST")
 	if err != nil || s.CachedInfo().State.Msgs != 1 {
-		t.Errorf("the event is not in the server named: %v", err)
+		t.Fatalf("the event is not in the server named: %v", err)
+	}
+	// What size its streams have is for its owner to say.
+	cfg := s.CachedInfo().Config
+	cfg.MaxBytes = 2 << 30
+	if _, err := nats.Connect("test").JS.UpdateStream(t.Context(), cfg); err != nil {
+		t.Fatal(err)
+	}
+	if code, stdout, stderr := runOnce(t, env, "--real"); code != 0 {
+		t.Errorf("exit %d\n%s\n%s", code, stdout, stderr)
+	}
+	if info, err := s.Info(t.Context()); err != nil || info.Config.MaxBytes != cfg.MaxBytes {
+		t.Errorf("the size was changed: %v", err)
 	}
 }
 

@@ -161,7 +161,8 @@ func (s *stack) prepareStreams(ctx context.Context, getenv func(string) string, 
 	}); err != nil {
 		return fmt.Errorf("NATS_URL: %w", err)
 	}
-	changes, err := streams.Diff(ctx, conn.JS, streams.Limits{})
+	limits := streams.Limits{Keep: external} // others decide there
+	changes, err := streams.Diff(ctx, conn.JS, limits)
 	if err != nil {
 		return fmt.Errorf("look at the streams: %w", err)
 	}
@@ -169,7 +170,7 @@ func (s *stack) prepareStreams(ctx context.Context, getenv func(string) string, 
 		return fmt.Errorf("the streams of NATS_URL differ from the definition (%s, …); see streamctl diff", changes[0])
 	}
 	fresh := len(changes) > 0
-	if _, err := streams.Ensure(ctx, conn.JS, streams.Limits{}, false); err != nil {
+	if _, err := streams.Ensure(ctx, conn.JS, limits, false); err != nil {
 		return err
 	}
 	if !kept || fresh || external {

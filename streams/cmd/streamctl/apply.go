@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -23,9 +24,11 @@ type applyFlags struct {
 }
 
 func (f *applyFlags) parse(fs *flag.FlagSet, args []string) error {
-	f.limits.MaxBytes = map[string]int64{}
-	fs.IntVar(&f.limits.Replicas, "replicas", 1, "copies of each stream, `N` = 1, 3 or 5")
-	fs.Func("max-bytes", "size limit of a stream as `STREAM=SIZE`, such as FP_INGEST=20GiB, instead of the default; repeatable", f.maxBytes)
+	// A deployment was given its replicas and sizes once. Whoever changes one
+	// of them, or repairs a durable, need not know the others.
+	f.limits = streams.Limits{Keep: true, MaxBytes: map[string]int64{}}
+	fs.IntVar(&f.limits.Replicas, "replicas", 0, "copies of each stream, `N` = 1, 3 or 5; 0 leaves them as they are, and a new stream gets those of the others, the first ones 1")
+	fs.Func("max-bytes", "size limit of a stream as `STREAM=SIZE`, such as FP_INGEST=20GiB, instead of the one it has, or of a new one's default; repeatable", f.maxBytes)
 	fs.BoolVar(&f.json, "json", false, "print the changes as a JSON list")
 	fs.DurationVar(&f.timeout, "timeout", 30*time.Second, "how `long` to wait for NATS and its answers")
 	if err := parse(fs, args); err != nil {
@@ -34,7 +37,7 @@ func (f *applyFlags) parse(fs *flag.FlagSet, args []string) error {
 	switch {
 	case f.timeout <= 0:
 		return usageError{fmt.Errorf("--timeout %v is no time at all", f.timeout)}
-	case f.limits.Replicas != 1 && f.limits.Replicas != 3 && f.limits.Replicas != 5:
+	case !slices.Contains([]int{0, 1, 3, 5}, f.limits.Replicas):
 		return usageError{fmt.Errorf("--replicas %d is none of 1, 3 and 5", f.limits.Replicas)}
 	}
 	return nil

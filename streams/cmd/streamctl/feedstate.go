@@ -64,9 +64,11 @@ type feedState struct {
 	DryRun  bool       `json:"dry_run,omitempty"`
 	Counts  feedCounts `json:"counts"`
 	// FirstCopy is the sequence of the first copy on FP_BACKFILL, and
-	// LastCopy that of the last one for each stage.
-	FirstCopy uint64            `json:"first_copy,omitempty"`
-	LastCopy  map[string]uint64 `json:"last_copy,omitempty"`
+	// FirstCopies and LastCopy those of the first and the last one for each
+	// stage.
+	FirstCopy   uint64            `json:"first_copy,omitempty"`
+	FirstCopies map[string]uint64 `json:"first_copies,omitempty"`
+	LastCopy    map[string]uint64 `json:"last_copy,omitempty"`
 	// Seconds the copies take at the rate, 0 when it is unlimited.
 	Seconds float64 `json:"seconds_at_rate,omitempty"`
 	// Waiting says why the stages have not finished.
@@ -244,6 +246,12 @@ func (s *feedState) copied(stage string, sequence uint64) {
 	}
 	if s.LastCopy == nil {
 		s.LastCopy = map[string]uint64{}
+	}
+	if s.FirstCopies == nil {
+		s.FirstCopies = map[string]uint64{}
+	}
+	if first := s.FirstCopies[stage]; first == 0 || sequence < first {
+		s.FirstCopies[stage] = sequence
 	}
 	s.LastCopy[stage] = max(s.LastCopy[stage], sequence)
 }

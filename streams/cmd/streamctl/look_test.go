@@ -206,6 +206,36 @@ func TestTraceInEveryPlace(t *testing.T) {
 	}
 }
 
+// FP_DEAD keeps longer than the other streams, so what was given up days ago is
+// found there all the same.
+func TestTraceLooksAtAllDeadLetters(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	b.put(streams.IngestSubject(12), nil, event("a"))
+	b.put(streams.DeadSubject(streams.StagePrefetcher, 12), nats.Header{streams.HeaderDeadReason: {"poison"}}, event("a"))
+	// As if both had been stored before the 72 hours.
+	r := newTrace("a", time.Time{})
+	if back := time.Since(r.Since); back < 72*time.Hour || back > 73*time.Hour {
+		t.Errorf("looks %v back", back)
+	}
+	r.Since = time.Now().Add(time.Minute)
+	if err := r.read(t.Context(), b.conn, nil, time.Hour); err != nil {
+		t.Fatal(err)
+	}
+	if r.Place != "dead" || len(r.Steps) != 1 {
+		t.Errorf("%+v", r)
+	}
+	const whole = "and at all of FP_DEAD"
+	own := fmt.Sprint(time.Now().Add(-time.Hour).UnixMilli(), ".NLOjmg")
+	for args, want := range map[string]bool{"a": true, "a --since 1h": false, own: false} {
+		_, text, _ := b.run(append([]string{"trace"}, strings.Fields(args)...)...)
+		_, asJSON, _ := b.run(append([]string{"trace", "--json"}, strings.Fields(args)...)...)
+		if strings.Contains(text, whole) != want || strings.Contains(asJSON, `"whole_dead":true`) != want {
+			t.Errorf("%s: %s%s", args, text, asJSON)
+		}
+	}
+}
+
 func TestDead(t *testing.T) {
 	t.Parallel()
 	b := newBench(t)

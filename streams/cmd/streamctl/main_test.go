@@ -74,6 +74,39 @@ func TestApplyThenDiff(t *testing.T) {
 	}
 }
 
+// What a deployment was given once need not be said again.
+func TestApplyKeepsWhatIsNotGiven(t *testing.T) {
+	t.Parallel()
+	n := streamstest.NewEmptyNATS(t)
+	js := n.Connect("test").JS
+	if code, _, errs := streamctl(t, n.URL, "apply", "--max-bytes", "FP_ENRICHED=13GiB"); code != exitDone {
+		t.Fatalf("exit %d, %s", code, errs)
+	}
+	for verb, want := range map[string]string{"diff": "no differences\n", "apply": "nothing to change\n"} {
+		if code, out, errs := streamctl(t, n.URL, verb); code != exitDone || out != want {
+			t.Errorf("%s: exit %d\n%s%s", verb, code, out, errs)
+		}
+	}
+	if code, out, errs := streamctl(t, n.URL, "apply", "--max-bytes", "FP_INGEST=2GiB"); code != exitDone || out != "~ FP_INGEST  max_bytes: 1073741824 -> 2147483648\n" {
+		t.Errorf("exit %d\n%s%s", code, out, errs)
+	}
+	if err := js.DeleteStream(t.Context(), streams.StreamDead); err != nil {
+		t.Fatal(err)
+	}
+	if code, out, errs := streamctl(t, n.URL, "apply"); code != exitDone || out != "+ FP_DEAD\n" {
+		t.Errorf("exit %d\n%s%s", code, out, errs)
+	}
+	for stream, want := range map[string]int64{streams.StreamEnriched: 13 << 30, streams.StreamIngest: 2 << 30, streams.StreamDead: 1 << 30} {
+		s, err := js.Stream(t.Context(), stream)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := s.CachedInfo().Config.MaxBytes; got != want {
+			t.Errorf("%s: %d bytes, want %d", stream, got, want)
+		}
+	}
+}
+
 func TestApplyRefusesLoss(t *testing.T) {
 	t.Parallel()
 	n := streamstest.NewNATS(t)

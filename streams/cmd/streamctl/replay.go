@@ -185,7 +185,7 @@ func (f *feedFlags) feed(ctx context.Context, e env) (int, error) {
 		r.print(e)
 	}
 	if r.Outcome != nil && !r.Outcome.Agrees {
-		return 0, fmt.Errorf("%d copies were made, but FP_BACKFILL has %d of them", r.Counts.Copied, r.Outcome.InStream)
+		return 0, fmt.Errorf("%d copies were made, but FP_BACKFILL has %d of them, and %d were finished and purged", r.Counts.Copied, r.Outcome.InStream, r.Outcome.Purged)
 	}
 	return code, nil
 }

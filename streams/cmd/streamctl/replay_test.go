@@ -15,6 +15,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
+	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/idenza/fingerprint-prefetch/streams"
 	"github.com/idenza/fingerprint-prefetch/streams/record"
@@ -278,6 +279,83 @@ func TestReplayWaitsForTheStages(t *testing.T) {
 	}
 	if _, out, _ := b.run("replay", "--resume", s.ID); !strings.Contains(out, "1 absent, 1 earlier, 1 foreign, 1 ready") {
 		t.Error(out)
+	}
+}
+
+// purge makes room as the exporter does in streams under pressure.
+func (b *bench) purge() {
+	b.t.Helper()
+	j := streams.NewJanitor(b.js, streamstest.Logger(b.t), prometheus.NewRegistry(), 0)
+	j.Pressure = 1e-9
+	if err := j.Sweep(b.t.Context()); err != nil {
+		b.t.Fatal(err)
+	}
+}
+
+// Copies that were finished and purged are not missing; others are.
+func TestReplayKnowsWhatWasPurged(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	now := time.Now()
+	for i := range 15 {
+		b.put(streams.EnrichedSubject(12), nil, ready(event(fmt.Sprint("e", i)), now))
+	}
+	// Another run's copies are no concern of this one.
+	for _, stage := range []string{streams.StagePersister, streams.StagePrefetcher} {
+		b.put(streams.BackfillSubject(stage, 12), nil, event("earlier"))
+	}
+	_, out, errs := b.run("replay", "--stage", "persister", "--since", "1h", "--rate", "0", "--json", "--no-wait")
+	s := decodeReplay(t, out)
+	if s.Counts.Copied != 15 {
+		t.Fatalf("%+v, %s", s, errs)
+	}
+	look := func(code int, want outcome) {
+		t.Helper()
+		got, out, errs := b.run("replay", "--resume", s.ID, "--json")
+		o := decodeReplay(t, out).Outcome
+		if o == nil || got != code || o.InStream != want.InStream || o.Purged != want.Purged || o.Agrees != want.Agrees {
+			t.Errorf("exit %d, %+v, want %+v, %s", got, o, want, errs)
+		}
+	}
+	b.finish(streams.StreamBackfill, streams.DurablePersisterBackfill, 11)
+	b.purge()
+	b.finish(streams.StreamBackfill, streams.DurablePersisterBackfill, 5)
+	look(exitDone, outcome{InStream: 5, Purged: 10, Agrees: true})
+	if code, out, _ := b.run("replay", "--resume", s.ID); code != exitDone || !strings.Contains(out, "finished and purged    10\n") {
+		t.Errorf("exit %d, %s", code, out)
+	}
+	backfill, err := b.js.Stream(t.Context(), streams.StreamBackfill)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := backfill.DeleteMsg(t.Context(), s.LastCopy[streams.StagePersister]-3); err != nil {
+		t.Fatal(err)
+	}
+	look(exitFailed, outcome{InStream: 4, Purged: 10})
+	b.purge()
+	look(exitDone, outcome{Purged: 15, Agrees: true}) // nothing is left to tell by
+}
+
+// Of a redrive for both stages, each one's finished copies may be gone.
+func TestRedriveKnowsWhatWasPurged(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	now := time.Now()
+	b.put(streams.DeadSubject(streams.StagePrefetcher, 12), nil, event("a"))
+	for _, id := range []string{"b", "c"} {
+		b.put(streams.DeadSubject(streams.StagePersister, 12), nil, ready(event(id), now))
+	}
+	_, out, errs := b.run("dead", "redrive", "--all", "--rate", "25", "--json", "--no-wait")
+	s := decodeReplay(t, out)
+	if s.Counts.Copied != 3 || s.FirstCopies[streams.StagePrefetcher] != 1 {
+		t.Fatalf("%+v, %s", s, errs)
+	}
+	b.finish(streams.StreamBackfill, streams.DurablePersisterBackfill, 2)
+	b.purge()
+	b.finish(streams.StreamBackfill, streams.DurablePrefetcherBackfill, 1)
+	code, out, errs := b.run("dead", "redrive", "--resume", s.ID, "--json")
+	if o := decodeReplay(t, out).Outcome; code != exitDone || o == nil || o.InStream != 1 || o.Purged != 2 || !o.Agrees {
+		t.Errorf("exit %d, %+v, %s", code, o, errs)
 	}
 }
 

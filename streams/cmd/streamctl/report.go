@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"math"
@@ -19,7 +20,10 @@ import (
 type outcome struct {
 	// InStream is how many copies FP_BACKFILL has.
 	InStream uint64 `json:"in_stream"`
-	// Agrees is whether that is what was copied.
+	// Purged is how many more it had until the exporter made room: it purges
+	// only what the stages have finished. Records leaves them out.
+	Purged uint64 `json:"finished_and_purged,omitempty"`
+	// Agrees is whether both together are what was copied.
 	Agrees bool `json:"agrees"`
 	// Results the prefetcher left on FP_ENRICHED, by status.
 	Results map[string]uint64 `json:"results,omitempty"`
@@ -134,7 +138,14 @@ func (r *feeder) look(ctx context.Context) (*outcome, error) {
 	if err != nil {
 		return nil, err
 	}
-	o.Agrees = o.InStream == r.Counts.Copied
+	if o.InStream < r.Counts.Copied {
+		most, err := r.purged(ctx)
+		if err != nil {
+			return nil, err
+		}
+		o.Purged = min(r.Counts.Copied-o.InStream, most)
+	}
+	o.Agrees = o.InStream+o.Purged == r.Counts.Copied
 	for stream, count := range map[string]func(*jetstream.RawStreamMsg){
 		streams.StreamEnriched: func(m *jetstream.RawStreamMsg) { o.Results[newStep("", m, nil).Status]++ },
 		streams.StreamDead:     func(m *jetstream.RawStreamMsg) { o.Dead[m.Header.Get(streams.HeaderDeadReason)]++ },
@@ -156,6 +167,32 @@ func (r *feeder) look(ctx context.Context) (*outcome, error) {
 		}
 	}
 	return o, nil
+}
+
+// purged returns how many copies the janitor may have purged, at most. It
+// purges a stage's messages from the oldest on, so what it took lies between
+// the stage's first copy and the first message the stage still has.
+func (r *feeder) purged(ctx context.Context) (most uint64, err error) {
+	s, err := r.conn.JS.Stream(ctx, streams.StreamBackfill)
+	if err != nil {
+		return 0, fmt.Errorf("look up stream %s: %w", streams.StreamBackfill, err)
+	}
+	// Age takes what is unfinished as well.
+	if age := s.CachedInfo().Config.MaxAge; age > 0 && time.Since(r.Started) >= age {
+		return 0, nil
+	}
+	for stage, first := range r.FirstCopies {
+		end := r.LastCopy[stage] + 1
+		m, err := s.GetMsg(ctx, first, jetstream.WithGetMsgSubject("fp.backfill."+stage+".*"))
+		switch {
+		case err == nil:
+			end = min(end, m.Sequence)
+		case !errors.Is(err, jetstream.ErrMsgNotFound): // else it has none any more
+			return 0, fmt.Errorf("look for the first copy in %s: %w", streams.StreamBackfill, err)
+		}
+		most += end - first
+	}
+	return most, nil
 }
 
 // about says what a record is to an event.
@@ -205,6 +242,9 @@ func (r *feeder) print(e env) {
 	if o := r.Outcome; o != nil {
 		fmt.Fprintf(w, "what the streams say\n")
 		row("copies", o.InStream)
+		if o.Purged > 0 {
+			row("finished and purged", o.Purged)
+		}
 		list := func(what string, counts map[string]uint64) {
 			var parts []string
 			for _, k := range slices.Sorted(maps.Keys(counts)) {

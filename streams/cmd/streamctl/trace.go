@@ -40,12 +40,40 @@ type step struct {
 // waiting, dead, expired, finished (no record could be looked up or none is there), or
 // the status of its record.
 type traceReport struct {
-	RequestID  string    `json:"request_id"`
-	Place      string    `json:"place"`
-	Why        string    `json:"why"`
+	RequestID string `json:"request_id"`
+	Place     string `json:"place"`
+	Why       string `json:"why"`
+	// Since is how far back the streams were looked at. WholeDead is set when
+	// FP_DEAD, which keeps longest, was looked at from its beginning instead.
 	Since      time.Time `json:"since"`
+	WholeDead  bool      `json:"whole_dead,omitempty"`
 	Steps      []step    `json:"steps"`
 	TTLSeconds float64   `json:"ttl_seconds,omitempty"`
+}
+
+// from returns how far back a stream is looked at, zero for all of it.
+func (r *traceReport) from(stream string) time.Time {
+	if r.WholeDead && stream == streams.StreamDead {
+		return time.Time{}
+	}
+	return r.Since
+}
+
+// newTrace settles how far back the streams are looked at for an event; a zero
+// since is one that was not given.
+func newTrace(id string, since time.Time) traceReport {
+	r := traceReport{RequestID: id, Since: since, Steps: []step{}}
+	if !since.IsZero() {
+		return r
+	}
+	if t, ok := idTime(id); ok {
+		r.Since = t.Add(-time.Minute) // clocks differ
+	} else {
+		// What the other streams keep. An event that was given up is there for
+		// longer.
+		r.Since, r.WholeDead = time.Now().Add(-72*time.Hour), true
+	}
+	return r
 }
 
 // idTime returns when the vendor made an id such as 1708102555327.NLOjmg, by
@@ -62,7 +90,7 @@ func trace(ctx context.Context, e env, fs *flag.FlagSet, args []string) (int, er
 	f.declare(fs)
 	var since timeFlag
 	ttl := fs.Duration("record-ttl", 0, "life of a record, instead of RECORD_TTL")
-	fs.Var(&since, "since", "look from this `time` on; else from the id's own, else 72h back")
+	fs.Var(&since, "since", "look from this `time` on; else from the id's own, else 72h back and at all of FP_DEAD")
 	words, err := parseMixed(fs, args, 1)
 	if err != nil {
 		return 0, err
@@ -70,13 +98,7 @@ func trace(ctx context.Context, e env, fs *flag.FlagSet, args []string) (int, er
 	if len(words) != 1 || !streams.ValidRequestID(words[0]) {
 		return 0, usageError{errors.New("want one request id")}
 	}
-	id := words[0]
-	if since.IsZero() {
-		since.Time = time.Now().Add(-72 * time.Hour)
-		if t, ok := idTime(id); ok {
-			since.Time = t.Add(-time.Minute) // clocks differ
-		}
-	}
+	r := newTrace(words[0], since.Time)
 	limits, err := e.limits(*ttl)
 	if err != nil {
 		return 0, err
@@ -95,8 +117,7 @@ func trace(ctx context.Context, e env, fs *flag.FlagSet, args []string) (int, er
 		return 0, err
 	}
 	defer conn.Close()
-	r, err := readTrace(ctx, conn, rdb, id, since.Time, limits.RecordTTL)
-	if err != nil {
+	if err := r.read(ctx, conn, rdb, limits.RecordTTL); err != nil {
 		return 0, err
 	}
 	code := exitDone
@@ -111,7 +132,11 @@ func trace(ctx context.Context, e env, fs *flag.FlagSet, args []string) (int, er
 		fmt.Fprintf(t, "%s\t%s\t%d\t%s %s\n", s.Stored.UTC().Format(time.RFC3339), s.Stream, s.Sequence, s.Status, s.Reason)
 	}
 	t.Flush()
-	fmt.Fprintf(e.stdout, "%s: %s\n(looked from %s on)\n", r.Place, r.Why, r.Since.UTC().Format(time.RFC3339))
+	looked := "looked from " + r.Since.UTC().Format(time.RFC3339) + " on"
+	if r.WholeDead {
+		looked += ", and at all of " + streams.StreamDead
+	}
+	fmt.Fprintf(e.stdout, "%s: %s\n(%s)\n", r.Place, r.Why, looked)
 	return code, nil
 }
 
@@ -130,10 +155,10 @@ func durableOf(stream, subject string) string {
 	return ""
 }
 
-// readTrace looks for an event everywhere: records in Redis first in the
+// read looks for an event everywhere: records in Redis first in the
 // verdict, since they are what the scorer sees.
-func readTrace(ctx context.Context, conn *streams.Conn, rdb redis.UniversalClient, id string, since time.Time, ttl time.Duration) (traceReport, error) {
-	r := traceReport{RequestID: id, Since: since, Steps: []step{}}
+func (r *traceReport) read(ctx context.Context, conn *streams.Conn, rdb redis.UniversalClient, ttl time.Duration) error {
+	id := r.RequestID
 	floors := map[string]uint64{}
 	for _, d := range streams.Definition(streams.Limits{}) {
 		if d.Stream.Name == streams.StreamAudit {
@@ -142,13 +167,13 @@ func readTrace(ctx context.Context, conn *streams.Conn, rdb redis.UniversalClien
 		for _, c := range d.Durables {
 			consumer, err := conn.JS.Consumer(ctx, d.Stream.Name, c.Durable)
 			if err != nil {
-				return r, fmt.Errorf("look up durable %s of %s: %w", c.Durable, d.Stream.Name, err)
+				return fmt.Errorf("look up durable %s of %s: %w", c.Durable, d.Stream.Name, err)
 			}
 			floors[c.Durable] = consumer.CachedInfo().AckFloor.Stream
 		}
-		in, err := findSpan(ctx, conn.JS, d.Stream.Name, since, time.Time{})
+		in, err := findSpan(ctx, conn.JS, d.Stream.Name, r.from(d.Stream.Name), time.Time{})
 		if err != nil {
-			return r, err
+			return err
 		}
 		err = scan(ctx, conn, in, ">", func(m *jetstream.RawStreamMsg) error {
 			if !bytes.Contains(m.Data, []byte(id)) || requestID(m.Data) != id {
@@ -158,14 +183,14 @@ func readTrace(ctx context.Context, conn *streams.Conn, rdb redis.UniversalClien
 			return nil
 		})
 		if err != nil {
-			return r, err
+			return err
 		}
 	}
 	r.Place, r.Why = r.verdict(ttl)
 	if len(r.Steps) == 0 {
 		at, err := erasedAt(ctx, conn, id)
 		if err != nil {
-			return r, err
+			return err
 		}
 		if !at.IsZero() {
 			r.Place, r.Why = "erased", fmt.Sprintf("by an operator, %s; see streamctl audit", at.UTC().Format(time.RFC3339))
@@ -175,17 +200,17 @@ func readTrace(ctx context.Context, conn *streams.Conn, rdb redis.UniversalClien
 		if r.Place == "finished" {
 			r.Why += "; set REDIS_URL to look at the record"
 		}
-		return r, nil
+		return nil
 	}
 	pipe := rdb.Pipeline()
 	get, left := pipe.Get(ctx, record.Key(id)), pipe.PTTL(ctx, record.Key(id))
 	if _, err := pipe.Exec(ctx); err != nil && !errors.Is(err, redis.Nil) {
-		return r, fmt.Errorf("read the record: %w", err)
+		return fmt.Errorf("read the record: %w", err)
 	}
 	if body, err := get.Bytes(); err == nil {
 		rec, err := record.Decode(body)
 		if err != nil {
-			return r, fmt.Errorf("read the record: %w", err)
+			return fmt.Errorf("read the record: %w", err)
 		}
 		r.TTLSeconds = left.Val().Seconds()
 		if rec.Status != record.Pending || len(r.Steps) == 0 {
@@ -193,7 +218,7 @@ func readTrace(ctx context.Context, conn *streams.Conn, rdb redis.UniversalClien
 			r.Why = fmt.Sprintf("its record is there, accepted %s, %v left", rec.AcceptedAt, left.Val().Round(time.Second))
 		}
 	}
-	return r, nil
+	return nil
 }
 
 func newStep(stream string, m *jetstream.RawStreamMsg, floors map[string]uint64) step {
@@ -225,7 +250,7 @@ func newStep(stream string, m *jetstream.RawStreamMsg, floors map[string]uint64)
 
 // verdict judges by the streams alone. What was stored last counts: a stage
 // acks out of order, so an older message above its floor may be finished.
-func (r traceReport) verdict(ttl time.Duration) (place, why string) {
+func (r *traceReport) verdict(ttl time.Duration) (place, why string) {
 	if len(r.Steps) == 0 {
 		return "not_found_anywhere", "in no stream: never accepted, or older than the streams keep"
 	}
