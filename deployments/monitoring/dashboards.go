@@ -132,7 +132,7 @@ func Dashboards() []Dashboard {
 				Queries: quantiles("fp_prefetch_quota_wait_seconds", "")},
 			{Title: "Who uses the quota", Unit: "reqps", Bad: "One key takes most of it.",
 				Queries: []Query{q(rate("fp_ingest_key_requests_total", `outcome="accepted"`, "key_id"), "{{key_id}}")}, Alerts: []string{"FPQuotaExhausted"}},
-			{Title: "Quota is shared", Unit: "short", Kind: "state-timeline", Bad: "0 with several replicas: each keeps to its own share. 0 is right without a limit or REDIS_URL.",
+			{Title: "Quota is shared", Unit: "short", Kind: "state-timeline", Bad: "0 with several replicas: each keeps to its own share. 0 is right for a single one without REDIS_URL.",
 				Queries: []Query{q("min by (instance) (fp_prefetch_quota_shared{$})", "{{instance}}")}, Alerts: []string{"FPQuotaNotShared"}},
 			{Title: "How events end", Unit: "cps", Bad: "failed at all; not_found or rejected far above their usual.",
 				Queries: []Query{q(rate("fp_prefetch_results_total", "", "status", "reason"), "{{status}} {{reason}}")}, Alerts: []string{"FPExhausted"}},
