@@ -75,6 +75,12 @@ func cases() []ruleCase {
 	dead := func(reason, values string) string {
 		return f(`fp_stage_dead_lettered_total{consumer="prefetcher",reason=%q} %s`, reason, values)
 	}
+	readable := func(perMinute int) string {
+		return f(`fp_pipeline_end_to_end_seconds_bucket{mode="live",le="60"} 0+%dx200`, perMinute)
+	}
+	foreign := func(consumer string, perMinute int) string {
+		return f(`fp_stage_dead_lettered_total{consumer=%q,reason="foreign_subscriber"} 0+%dx200`, consumer, perMinute)
+	}
 	restart := "5x20 0x180" // a process that came back
 
 	out := []ruleCase{
@@ -82,6 +88,13 @@ func cases() []ruleCase {
 			fires: []string{`fp_ingest_keys_current{instance="a"}` + on, `fp_ingest_keys_current{instance="b"}` + off},
 			not:   [][]string{{`fp_ingest_keys_current` + on}, {`fp_ingest_keys_current 1x10 0x3 1x100`}}},
 
+		// Another subscriber's id has its end, as far as it got there; a copy's
+		// says nothing about what is accepted.
+		{alert: "FPFreshnessBurn", severity: "critical", window: "1h", at: 14 * time.Minute,
+			fires: []string{ingestAll, readable(300), foreign("persister", 300)},
+			not:   [][]string{{ingestAll, readable(500), foreign("persister", 500)}, {ingestAll, foreign("persister", 1000)}}},
+		{alert: "FPFreshnessBurn", severity: "critical", window: "1h", at: 14 * time.Minute,
+			fires: []string{ingestAll, readable(500), foreign("persister-backfill", 500), `fp_stage_dead_lettered_total{consumer="persister",reason="poison"} 0+500x200`}},
 		{alert: "FPHeartbeatMissing", severity: "critical",
 			fires: []string{`fp_stage_heartbeat_timestamp_seconds{stage="persister"} 0x200`, `fp_stage_heartbeat_timestamp_seconds{stage="exporter"} 0+60x200`}, at: 5 * time.Minute,
 			not: [][]string{

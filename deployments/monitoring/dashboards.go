@@ -76,7 +76,7 @@ func Dashboards() []Dashboard {
 				Queries: []Query{q("count by (service, version) (fp_build_info{$})", "{{service}} {{version}}")}},
 			{Title: "Accepted to readable", Unit: "s", Bad: "p95 above 10 s live: scorers find pending. Ids the vendor does not know take 30 s by design; backfill is late by nature.",
 				Queries: quantiles("fp_pipeline_end_to_end_seconds", "", "mode"), Alerts: []string{"FPFreshnessBurn"}},
-			{Title: "Late or lost, share of accepted", Unit: "percentunit", Bad: "Above 1 % for long: the objective is that 99 % are readable within a minute. Lost events count.",
+			{Title: "Late or lost, share of accepted", Unit: "percentunit", Bad: "Above 1 % for long: the objective is that 99 % are readable within a minute. Lost events count, and ids of another subscriber's do not.",
 				Queries: []Query{q(`fp:freshness_bad_ratio:rate5m{namespace=~"$namespace"}`, "5m"), q(`fp:freshness_bad_ratio:rate1h{namespace=~"$namespace"}`, "1h")}, Alerts: []string{"FPFreshnessBurn"}},
 			{Title: "Lag of what was handed to nobody", Unit: "s", Bad: "A straight line upwards, one second a second: nobody takes events. Above 15 s live is late; backfill waits by design.",
 				Queries: []Query{q(lag, "{{consumer}}")}, Alerts: []string{"FPLagHigh", "FPConsumerStalled"}},

@@ -55,7 +55,8 @@ const (
 	// ours.
 	availabilityObjective = 0.999
 	// freshnessObjective is the share of accepted events whose end can be
-	// read within a minute. A minute because the vendor's 404 is believed
+	// read within a minute; a dead letter is the end of one that claims
+	// another subscriber's id. A minute because the vendor's 404 is believed
 	// only after 30 s of asking again; what it does know takes far less.
 	freshnessObjective = 0.99
 )
@@ -142,6 +143,12 @@ func Groups(p pace) []Group {
 		absent = append(absent, "absent("+ready+")")
 	}
 
+	const (
+		accepted = `sum by (namespace) (rate(fp_ingest_requests_total{outcome="accepted"}[%s] offset 1m))`
+		ended    = `sum by (namespace) (rate(fp_pipeline_end_to_end_seconds_bucket{le=~"60|60.0"}[%s]))`
+		foreign  = `sum by (namespace) (rate(fp_stage_dead_lettered_total{consumer="persister",reason="foreign_subscriber"}[%s]))`
+	)
+
 	return []Group{
 		{"fp-ingest", append(
 			p.burn("FPIngestAvailabilityBurn", "ingest_bad_ratio",
@@ -153,8 +160,10 @@ func Groups(p pace) []Group {
 		{"fp-freshness", append(
 			p.burn("FPFreshnessBurn", "freshness_bad_ratio",
 				// Against what was accepted a minute ago, so that a lost event
-				// counts as bad, and none when nothing arrives any more.
-				`clamp_min(1 - (sum by (namespace) (rate(fp_pipeline_end_to_end_seconds_bucket{le=~"60|60.0"}[%s])) or 0 * sum by (namespace) (rate(fp_ingest_requests_total{outcome="accepted"}[%s] offset 1m))) / sum by (namespace) (rate(fp_ingest_requests_total{outcome="accepted"}[%s] offset 1m)), 0)`,
+				// counts as bad, and none when nothing arrives any more. An id of
+				// another subscriber's has its end in FP_DEAD, and no client shall
+				// wake anybody by it; what persister-backfill gives up is a copy.
+				"clamp_min(1 - (("+ended+" or 0 * "+accepted+") + ("+foreign+" or 0 * "+accepted+")) / "+accepted+", 0)",
 				freshnessObjective, "Accepted events are late or lost", "Accepted events without a readable end after a minute:"),
 			// Heartbeats keep their own period, whatever the pace.
 			p.alert("FPHeartbeatMissing", critical, 2*minute,
