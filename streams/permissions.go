@@ -166,21 +166,26 @@ const (
 	RedisUserPersister  = StagePersister
 	RedisUserPrefetcher = StagePrefetcher
 	RedisUserScorer     = "scorer"
-	// RedisUserStreamctl looks at records and the quota, and erases records.
+	// RedisUserStreamctl looks at records, the quota and the server's state, and
+	// erases records.
 	RedisUserStreamctl = UserStreamctl
-	// RedisUserOperator looks at records and the quota.
+	// RedisUserOperator looks at records, the quota and the server's state.
 	RedisUserOperator = UserOperator
 )
 
 // redisRights are the keys and commands of each Redis user.
 func redisRights() []redisRight {
-	const records = "~" + record.KeyPrefix + "*"
+	const (
+		records = "~" + record.KeyPrefix + "*"
+		// What the runbooks ask a server that is slow or full.
+		redisChecks = "+info +slowlog|get +slowlog|len"
+	)
 	return []redisRight{
 		{RedisUserPersister, records, "+auth +hello +ping +eval +evalsha +getrange +set"},
 		{RedisUserPrefetcher, "%R" + records + " ~" + QuotaKey, "+auth +hello +ping +get +eval +evalsha +hmget +hset +pexpire +time"},
 		{RedisUserScorer, "%R" + records, "+auth +hello +ping +get +mget"},
-		{RedisUserStreamctl, records + " %R~" + QuotaKey, "+auth +hello +ping +get +pttl +scan +del +eval +evalsha +hmget +time"},
-		{RedisUserOperator, "%R" + records + " %R~" + QuotaKey, "+auth +hello +ping +get +pttl +hmget +time"},
+		{RedisUserStreamctl, records + " %R~" + QuotaKey, "+auth +hello +ping +get +pttl +scan +del +eval +evalsha +hmget +time " + redisChecks},
+		{RedisUserOperator, "%R" + records + " %R~" + QuotaKey, "+auth +hello +ping +get +pttl +hmget +time " + redisChecks},
 	}
 }
 

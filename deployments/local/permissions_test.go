@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -250,13 +252,14 @@ func TestShippedRedisRefusesTheRest(t *testing.T) {
 	type command = []any
 	everyone := []command{
 		{"flushall"}, {"keys", "*"}, {"config", "get", "*"}, {"acl", "list"}, {"acl", "whoami"}, {"client", "list"}, {"client", "kill", "type", "normal"},
-		{"shutdown", "nosave"}, {"save"}, {"bgrewriteaof"}, {"replicaof", "no", "one"}, {"monitor"}, {"info"}, {"slowlog", "get"}, {"swapdb", 0, 1},
+		{"shutdown", "nosave"}, {"save"}, {"bgrewriteaof"}, {"replicaof", "no", "one"}, {"monitor"}, {"slowlog", "reset"}, {"latency", "latest"}, {"swapdb", 0, 1},
 		{"function", "list"}, {"script", "flush"}, {"subscribe", "c"}, {"publish", "c", "x"}, {"expire", mine, 1}, {"rename", mine, "x"}, {"get", "other"}, {"set", "other", "x"},
 	}
+	state := []command{{"info"}, {"slowlog", "get"}, {"slowlog", "len"}} // people may look
 	for user, own := range map[string][]command{
-		streams.RedisUserPersister:  {{"scan", 0}, {"del", mine}, {"hset", "fp:quota:fingerprint", "a", 1}, {"eval", around, 1, mine}, {"eval", script, 1, "fp:quota:fingerprint", "hset"}, {"mget", mine, "other"}},
-		streams.RedisUserPrefetcher: {{"scan", 0}, {"del", mine}, {"set", mine, "x"}, {"eval", script, 1, mine, "hset"}, {"eval", around, 1, "fp:quota:fingerprint"}, {"mget", mine}},
-		streams.RedisUserScorer:     {{"scan", 0}, {"del", mine}, {"set", mine, "x"}, {"eval", script, 1, mine, "set"}, {"hgetall", "fp:quota:fingerprint"}, {"mget", mine, "other"}},
+		streams.RedisUserPersister:  slices.Concat(state, []command{{"scan", 0}, {"del", mine}, {"hset", "fp:quota:fingerprint", "a", 1}, {"eval", around, 1, mine}, {"eval", script, 1, "fp:quota:fingerprint", "hset"}, {"mget", mine, "other"}}),
+		streams.RedisUserPrefetcher: slices.Concat(state, []command{{"scan", 0}, {"del", mine}, {"set", mine, "x"}, {"eval", script, 1, mine, "hset"}, {"eval", around, 1, "fp:quota:fingerprint"}, {"mget", mine}}),
+		streams.RedisUserScorer:     slices.Concat(state, []command{{"scan", 0}, {"del", mine}, {"set", mine, "x"}, {"eval", script, 1, mine, "set"}, {"hgetall", "fp:quota:fingerprint"}, {"mget", mine, "other"}}),
 		streams.RedisUserStreamctl:  {{"set", mine, "x"}, {"eval", script, 1, mine, "set"}, {"del", "fp:quota:fingerprint"}, {"hset", "fp:quota:fingerprint", "a", 1}},
 		streams.RedisUserOperator:   {{"scan", 0}, {"del", mine}, {"set", mine, "x"}, {"eval", around, 1, mine}},
 	} {
@@ -301,6 +304,54 @@ func TestShippedRedisRefusesTheRest(t *testing.T) {
 		if err := open(tt.url, tt.ca); err == nil || !strings.Contains(err.Error(), tt.why) {
 			t.Errorf("%s: %v, want %q", name, err, tt.why)
 		}
+	}
+}
+
+// TestRunbooksCallsOfRedisAreAllowed runs every redis-cli line of the runbooks
+// as the operator whom the README's call names.
+func TestRunbooksCallsOfRedisAreAllowed(t *testing.T) {
+	t.Parallel()
+	bin, err := exec.LookPath("redis-cli")
+	if err != nil {
+		t.Fatal("redis-cli is not installed; it comes with redis-server")
+	}
+	_, call, ok := strings.Cut(readFile(t, "../k8s/README.md"), "-- redis-cli ")
+	call, _, ended := strings.Cut(call, " PING\n")
+	if !ok || !ended {
+		t.Fatal("the README shows no call of redis-cli")
+	}
+	r := newShippedRedis(t, newAuthority(t))
+	_, port, _ := net.SplitHostPort(r.addr)
+	options := append(strings.Fields(strings.ReplaceAll(call, "/run/secrets/redis", r.dir)), "-p", port)
+	pages, err := filepath.Glob("../monitoring/runbooks/*.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines := 0
+	for _, page := range pages {
+		text := readFile(t, page)
+		for line := range strings.Lines(text) {
+			command, ok := strings.CutPrefix(strings.TrimSpace(line), "redis-cli ")
+			if !ok {
+				continue
+			}
+			lines++
+			if !strings.Contains(text, "(../../k8s/README.md#redis-cli)") {
+				t.Errorf("%s does not say how redis-cli is called", page)
+			}
+			cmd := exec.CommandContext(t.Context(), bin, slices.Concat(options, strings.Fields(command))...)
+			cmd.Stdin = strings.NewReader("operator-1\n") // it asks for the password
+			out, err := cmd.CombinedOutput()
+			for _, word := range []string{"NOPERM", "NOAUTH", "WRONGPASS", "AUTH failed", "ERR"} {
+				if err != nil || strings.Contains(string(out), word) {
+					t.Errorf("%s: redis-cli %s: %v\n%s", filepath.Base(page), command, err, out)
+					break
+				}
+			}
+		}
+	}
+	if lines < 5 {
+		t.Errorf("only %d lines", lines)
 	}
 }
 

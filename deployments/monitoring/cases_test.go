@@ -4,6 +4,7 @@ package main
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 )
@@ -12,6 +13,8 @@ import (
 // in promtool's notation, one value a minute.
 type ruleCase struct {
 	alert, severity, window string
+	// labels are further matchers of the alert that is looked for.
+	labels string
 	// fires makes the alert fire as soon as its wait is over.
 	fires []string
 	// not lists states of the world in which it never does.
@@ -39,10 +42,27 @@ func cases() []ruleCase {
 	stands, moves := f(delivered, "a", "7x200"), f(delivered, "a", "0+3x200")
 	up := func(names ...string) (out []string) {
 		for _, n := range names {
-			out = append(out, `fp_ready{service="`+n+`"}`+on)
+			out = append(out, `fp_build_info{service="`+n+`"}`+on, `fp_ready{service="`+n+`"}`+on)
 		}
 		return out
 	}
+	// in is series of one namespace of several.
+	in := func(namespace string, series ...string) (out []string) {
+		for _, s := range series {
+			name, rest, found := strings.Cut(s, "{")
+			if !found {
+				name, rest, _ = strings.Cut(s, " ")
+				rest = "} " + rest
+			}
+			out = append(out, name+`{namespace="`+namespace+`",`+rest)
+		}
+		return out
+	}
+	const (
+		heartbeat = `fp_stage_heartbeat_timestamp_seconds{stage="persister"} 0+60x200`
+		collected = `fp_stream_collector_last_success_timestamp_seconds 0+60x200`
+	)
+	all := up("ingest", "prefetcher", "persister", "exporter")
 	calls := func(outcome string, perMinute int) string {
 		return f(`fp_prefetch_calls_total{outcome=%q} 0+%dx200`, outcome, perMinute)
 	}
@@ -55,6 +75,12 @@ func cases() []ruleCase {
 	dead := func(reason, values string) string {
 		return f(`fp_stage_dead_lettered_total{consumer="prefetcher",reason=%q} %s`, reason, values)
 	}
+	readable := func(perMinute int) string {
+		return f(`fp_pipeline_end_to_end_seconds_bucket{mode="live",le="60"} 0+%dx200`, perMinute)
+	}
+	foreign := func(consumer string, perMinute int) string {
+		return f(`fp_stage_dead_lettered_total{consumer=%q,reason="foreign_subscriber"} 0+%dx200`, consumer, perMinute)
+	}
 	restart := "5x20 0x180" // a process that came back
 
 	out := []ruleCase{
@@ -62,6 +88,13 @@ func cases() []ruleCase {
 			fires: []string{`fp_ingest_keys_current{instance="a"}` + on, `fp_ingest_keys_current{instance="b"}` + off},
 			not:   [][]string{{`fp_ingest_keys_current` + on}, {`fp_ingest_keys_current 1x10 0x3 1x100`}}},
 
+		// Another subscriber's id has its end, as far as it got there; a copy's
+		// says nothing about what is accepted.
+		{alert: "FPFreshnessBurn", severity: "critical", window: "1h", at: 14 * time.Minute,
+			fires: []string{ingestAll, readable(300), foreign("persister", 300)},
+			not:   [][]string{{ingestAll, readable(500), foreign("persister", 500)}, {ingestAll, foreign("persister", 1000)}}},
+		{alert: "FPFreshnessBurn", severity: "critical", window: "1h", at: 14 * time.Minute,
+			fires: []string{ingestAll, readable(500), foreign("persister-backfill", 500), `fp_stage_dead_lettered_total{consumer="persister",reason="poison"} 0+500x200`}},
 		{alert: "FPHeartbeatMissing", severity: "critical",
 			fires: []string{`fp_stage_heartbeat_timestamp_seconds{stage="persister"} 0x200`, `fp_stage_heartbeat_timestamp_seconds{stage="exporter"} 0+60x200`}, at: 5 * time.Minute,
 			not: [][]string{
@@ -70,6 +103,11 @@ func cases() []ruleCase {
 		{alert: "FPHeartbeatMissing", severity: "critical", fires: []string{`fp_stage_heartbeat_timestamp_seconds{stage="exporter"} 0+60x200`}},
 		// Ten minutes late, which is more than one and less than two orders off.
 		{alert: "FPHeartbeatMissing", severity: "critical", fires: []string{`fp_stage_heartbeat_timestamp_seconds{stage="persister"} -300+60x200`}},
+
+		{alert: "FPHeartbeatMissing", severity: "critical", fires: all, not: [][]string{append(slices.Clone(all), heartbeat)}},
+		{alert: "FPHeartbeatMissing", severity: "critical", labels: `namespace="b"`,
+			fires: slices.Concat(in("a", append(slices.Clone(all), heartbeat)...), in("b", all...)),
+			not:   [][]string{slices.Concat(in("a", append(slices.Clone(all), heartbeat)...), in("b", append(slices.Clone(all), heartbeat)...))}},
 
 		{alert: "FPLagHigh", severity: "warning",
 			fires: []string{f(undelivered, "a", "30x200"), f(undelivered, "b", "0x200")},
@@ -132,12 +170,23 @@ func cases() []ruleCase {
 			not:   [][]string{{`fp_stream_collector_last_success_timestamp_seconds{instance="a"} 0x200`, `fp_stream_collector_last_success_timestamp_seconds{instance="b"} -60+60x200`}}},
 		{alert: "FPCollectorBlind", severity: "critical", fires: []string{`fp_stream_collector_last_success_timestamp_seconds -300+60x200`}},
 		{alert: "FPCollectorBlind", severity: "critical", fires: []string{`other 1x200`}},
+		{alert: "FPCollectorBlind", severity: "critical", fires: all, not: [][]string{append(slices.Clone(all), collected)}},
+		{alert: "FPCollectorBlind", severity: "critical", labels: `namespace="b"`,
+			fires: slices.Concat(in("a", append(slices.Clone(all), collected)...), in("b", all...)),
+			not:   [][]string{slices.Concat(in("a", append(slices.Clone(all), collected)...), in("b", append(slices.Clone(all), collected)...))}},
 
 		{alert: "FPAbsent", severity: "critical", fires: up("ingest", "prefetcher", "persister"),
 			not: [][]string{up("ingest", "prefetcher", "persister", "exporter"), append(up("ingest", "prefetcher", "exporter"), `fp_ready{service="persister"} 1x10 _x1 1x100`)}},
-		{alert: "FPAbsent", severity: "critical", fires: up("exporter", "prefetcher", "persister")},
+		{alert: "FPAbsent", severity: "critical", fires: up("exporter", "prefetcher", "persister"), labels: `service="ingest",namespace=""`},
 		{alert: "FPAbsent", severity: "critical", fires: up("ingest", "exporter", "persister")},
 		{alert: "FPAbsent", severity: "critical", fires: up("ingest", "prefetcher", "exporter")},
+		// Two pipelines: one has lost its edge, and the other's hides nothing.
+		{alert: "FPAbsent", severity: "critical", labels: `service="ingest",namespace="b"`,
+			fires: slices.Concat(in("a", all...), in("b", up("exporter", "prefetcher", "persister")...)),
+			not:   [][]string{slices.Concat(in("a", all...), in("b", all...)), slices.Concat(in("a", all...), in("b", up("ingest", "exporter")...))}},
+		// Somebody is told once.
+		{alert: "FPAbsent", severity: "critical", labels: `namespace=""`, not: [][]string{in("a", up("exporter", "prefetcher", "persister")...)}},
+		{alert: "FPAbsent", severity: "critical", labels: `service="ingest"`, fires: []string{"other 1x200"}},
 		{alert: "FPNotReady", severity: "critical",
 			fires: []string{`fp_ready{service="ingest",instance="a"}` + off, `fp_ready{service="ingest",instance="b"}` + off, `fp_draining{service="ingest",instance="a"}` + off},
 			not: [][]string{
@@ -266,7 +315,7 @@ func calm() map[string][]string {
 			`fp_persist_batch_duration_seconds_bucket{le="0.05"} 0+60x300`, `fp_persist_batch_duration_seconds_bucket{le="+Inf"} 0+60x300`,
 		}
 		for _, s := range services {
-			out = append(out, fmt.Sprintf(`fp_ready{service=%q,instance=%q} 1x300`, s, instance), fmt.Sprintf(`fp_draining{service=%q,instance=%q} 0x300`, s, instance), fmt.Sprintf(`fp_nats_connected{instance="%s-%s"} 1x300`, instance, s))
+			out = append(out, fmt.Sprintf(`fp_build_info{service=%q,instance=%q} 1x300`, s, instance), fmt.Sprintf(`fp_ready{service=%q,instance=%q} 1x300`, s, instance), fmt.Sprintf(`fp_draining{service=%q,instance=%q} 0x300`, s, instance), fmt.Sprintf(`fp_nats_connected{instance="%s-%s"} 1x300`, instance, s))
 		}
 		for durable, stream := range map[string]string{"prefetcher": "FP_INGEST", "persister": "FP_ENRICHED", "persister-pending": "FP_INGEST", "prefetcher-backfill": "FP_BACKFILL", "persister-backfill": "FP_BACKFILL"} {
 			l := fmt.Sprintf(`{stream=%q,consumer=%q,instance=%q}`, stream, durable, instance)

@@ -88,6 +88,9 @@ func firing(c ruleCase, at time.Duration, want bool) exprTest {
 	if c.window != "" {
 		selector += fmt.Sprintf(`,window=%q`, c.window)
 	}
+	if c.labels != "" {
+		selector += "," + c.labels
+	}
 	// Without the severity in the selector, one that is wrong shows.
 	e := exprTest{Expr: "group by (severity) (ALERTS{" + selector + "})", At: at.String()}
 	if c.alert == "FPLagHigh" { // has two

@@ -55,7 +55,8 @@ const (
 	// ours.
 	availabilityObjective = 0.999
 	// freshnessObjective is the share of accepted events whose end can be
-	// read within a minute. A minute because the vendor's 404 is believed
+	// read within a minute; a dead letter is the end of one that claims
+	// another subscriber's id. A minute because the vendor's 404 is believed
 	// only after 30 s of asking again; what it does know takes far less.
 	freshnessObjective = 0.99
 )
@@ -130,10 +131,23 @@ func Groups(p pace) []Group {
 	ratio := func(metric, bad string) string {
 		return "sum by (namespace) (rate(" + metric + bad + "[" + window + "])) / sum by (namespace) (rate(" + metric + "[" + window + "]))"
 	}
-	var absent []string
+	// Where anything of ours runs and this is not reported. A plain absent is
+	// blind to a namespace that lost it while another has it; it is left for
+	// where nothing of ours is scraped at all.
+	const running = "group by (namespace) (fp_build_info) unless on (namespace) "
+	missing := func(series string) string { return running + series + " or on () absent(" + series + ")" }
+	var without, absent []string
 	for _, s := range []string{"ingest", "prefetcher", "persister", "exporter"} {
-		absent = append(absent, `absent(fp_ready{service="`+s+`"})`)
+		ready := `fp_ready{service="` + s + `"}`
+		without = append(without, "label_replace("+running+ready+`, "service", "`+s+`", "", "")`)
+		absent = append(absent, "absent("+ready+")")
 	}
+
+	const (
+		accepted = `sum by (namespace) (rate(fp_ingest_requests_total{outcome="accepted"}[%s] offset 1m))`
+		ended    = `sum by (namespace) (rate(fp_pipeline_end_to_end_seconds_bucket{le=~"60|60.0"}[%s]))`
+		foreign  = `sum by (namespace) (rate(fp_stage_dead_lettered_total{consumer="persister",reason="foreign_subscriber"}[%s]))`
+	)
 
 	return []Group{
 		{"fp-ingest", append(
@@ -146,12 +160,14 @@ func Groups(p pace) []Group {
 		{"fp-freshness", append(
 			p.burn("FPFreshnessBurn", "freshness_bad_ratio",
 				// Against what was accepted a minute ago, so that a lost event
-				// counts as bad, and none when nothing arrives any more.
-				`clamp_min(1 - (sum by (namespace) (rate(fp_pipeline_end_to_end_seconds_bucket{le=~"60|60.0"}[%s])) or 0 * sum by (namespace) (rate(fp_ingest_requests_total{outcome="accepted"}[%s] offset 1m))) / sum by (namespace) (rate(fp_ingest_requests_total{outcome="accepted"}[%s] offset 1m)), 0)`,
+				// counts as bad, and none when nothing arrives any more. An id of
+				// another subscriber's has its end in FP_DEAD, and no client shall
+				// wake anybody by it; what persister-backfill gives up is a copy.
+				"clamp_min(1 - (("+ended+" or 0 * "+accepted+") + ("+foreign+" or 0 * "+accepted+")) / "+accepted+", 0)",
 				freshnessObjective, "Accepted events are late or lost", "Accepted events without a readable end after a minute:"),
 			// Heartbeats keep their own period, whatever the pace.
 			p.alert("FPHeartbeatMissing", critical, 2*minute,
-				`time() - max by (namespace) (fp_stage_heartbeat_timestamp_seconds{stage="persister"}) > 60 or absent(fp_stage_heartbeat_timestamp_seconds{stage="persister"})`,
+				`time() - max by (namespace) (fp_stage_heartbeat_timestamp_seconds{stage="persister"}) > 60 or `+missing(`fp_stage_heartbeat_timestamp_seconds{stage="persister"}`),
 				"No heartbeat comes through the pipeline", "The persister has written no heartbeat of the last minute. One is sent every 15 s, and events take the same way."),
 		)},
 		{"fp-lag", []Rule{
@@ -178,11 +194,11 @@ func Groups(p pace) []Group {
 				"max by (namespace, stream, consumer) (increase(fp_consumer_unprocessed_expired_total"+works+"["+hour+"])) > 0",
 				"Events were lost to the age limit", "{{ $value | humanize }} events of {{ $labels.stream }} expired before {{ $labels.consumer }} had finished them."),
 			p.alert("FPCollectorBlind", critical, 2*minute,
-				`time() - max by (namespace) (fp_stream_collector_last_success_timestamp_seconds) > `+p.seconds(2*minute)+` or absent(fp_stream_collector_last_success_timestamp_seconds)`,
+				`time() - max by (namespace) (fp_stream_collector_last_success_timestamp_seconds) > `+p.seconds(2*minute)+` or `+missing("fp_stream_collector_last_success_timestamp_seconds"),
 				"Nobody can read the streams", "For two minutes nobody has read lag and fill completely. Every alert on lag works with old numbers until somebody does."),
 		}},
 		{"fp-stages", []Rule{
-			p.alert("FPAbsent", critical, 2*minute, strings.Join(absent, " or "),
+			p.alert("FPAbsent", critical, 2*minute, "("+strings.Join(without, " or ")+") or on (service) ("+strings.Join(absent, " or ")+")",
 				"{{ $labels.service }} reports nothing", "No instance of {{ $labels.service }} is scraped: it is down, scaled to zero, or Prometheus cannot reach it."),
 			p.alert("FPNotReady", critical, 2*minute, `max by (namespace, service) (fp_ready unless fp_draining == 1) == 0`,
 				"No instance of {{ $labels.service }} is ready", "Every instance of {{ $labels.service }} lacks something it depends on; /readyz says what."),

@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/redis/go-redis/v9"
 
 	"github.com/idenza/fingerprint-prefetch/services/prefetcher/fingerprintsim"
@@ -104,6 +105,38 @@ func TestFleetFallsBackToItsShare(t *testing.T) {
 		// What the shares spent meanwhile is spent: not the whole burst again.
 		if got, _ := b.take(t.Context(), firstLook, 300); got > 150 {
 			t.Errorf("%s: %d calls at once after Redis came back", name, got)
+		}
+	}
+}
+
+// Without a limit there is nothing to share, and nobody to tell of it.
+func TestQuotaSharedSaysWhetherAReplicaKeepsToItself(t *testing.T) {
+	t.Parallel()
+	fleetAway := newFleetBucket(nil, 100, newLocalBucket(50, time.Now), streamstest.Logger(t))
+	fleetAway.away.Store(true)
+	for name, tt := range map[string]struct {
+		q    *quota
+		want float64
+	}{
+		"no limit":          {newQuota(newLocalBucket(0, time.Now), true), 1},
+		"a limit, no Redis": {newQuota(newLocalBucket(50, time.Now), false), 0},
+		"Redis":             {newQuota(newFleetBucket(nil, 100, newLocalBucket(50, time.Now), streamstest.Logger(t)), false), 1},
+		"Redis away":        {newQuota(fleetAway, false), 0},
+	} {
+		reg := prometheus.NewRegistry()
+		newMetrics(reg, tt.q)
+		families, err := reg.Gather()
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := -1.0
+		for _, f := range families {
+			if f.GetName() == "fp_prefetch_quota_shared" {
+				got = f.GetMetric()[0].GetGauge().GetValue()
+			}
+		}
+		if got != tt.want {
+			t.Errorf("%s: %v, want %v", name, got, tt.want)
 		}
 	}
 }

@@ -63,9 +63,9 @@ func newMetrics(reg prometheus.Registerer, q *quota) *metrics {
 		Name: "fp_prefetch_quota_tokens", Help: "Calls that may be made at once now; of the whole fleet while fp_prefetch_quota_shared is 1.",
 	}, q.bucket.available)
 	f.NewGaugeFunc(prometheus.GaugeOpts{
-		Name: "fp_prefetch_quota_shared", Help: "1 while the quota is one bucket for all replicas, in Redis; 0 while this replica keeps to its share.",
+		Name: "fp_prefetch_quota_shared", Help: "1 while the quota is one bucket for all replicas, in Redis, or there is no limit to share; 0 while this replica keeps to its share.",
 	}, func() float64 {
-		if b, ok := q.bucket.(*fleetBucket); ok && b.shared() {
+		if b, ok := q.bucket.(*fleetBucket); q.unlimited || ok && b.shared() {
 			return 1
 		}
 		return 0
